@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['add_to_grad', 'Held', 'Bookkeeping', 'check_scales_move', 'Balancer']
 
-# %% ../nbs/07_balancer.ipynb #63fa675b
+# %% ../nbs/07_balancer.ipynb #2681fd6c
+import copy
 import warnings
 from collections.abc import Iterable
 
@@ -16,7 +17,7 @@ from .ema import EMA
 from .gramian import combine, gramian, norms
 from .loss_transforms import Transform, slopes
 from .max_norm import Aggregator
-from .reading import Losses, check_graph, check_losses, check_parallel, forgotten_layers, read_losses
+from .reading import check_graph, check_losses, check_parallel, forgotten_layers, read_losses
 from .task_gradients import iterate_task_gradients, leaves, trace
 
 # %% ../nbs/07_balancer.ipynb #01f32986
@@ -48,7 +49,7 @@ class Held:
             yield ([row[i] * times if i in row else torch.zeros_like(shared[i]) for i in where],
                    {p: g * of_heads for p, g in heads.items()})
 
-# %% ../nbs/07_balancer.ipynb #f8a209b4
+# %% ../nbs/07_balancer.ipynb #d66b1b7e
 class Bookkeeping:
     "State, description and learned scales of a balancer."
 
@@ -60,21 +61,22 @@ class Bookkeeping:
     def state_dict(self) -> dict:
         "Everything that the next step depends on."
         if self._held: raise RuntimeError("state_dict() between accumulate() and backward(): finish the step first")
-        return {"num_tasks": self.num_tasks, "shapes": [list(p.shape) for p in self.shared], "method": repr(self),
-                "step": self.step, "names": self._names, "skipped": self.skipped,
+        return {"num_tasks": self.num_tasks, "shapes": [list(p.shape) for p in self.shared], "method": self._method(),
+                "step": copy.deepcopy(self.step), "names": self._names, "skipped": self.skipped.clone(),
                 "transform": self.transform.state_dict(), "aggregator": self.aggregator.state_dict(),
-                "ema": {t: dict(row) for t, row in self.ema.rows.items()} if self.ema else None}
+                "ema": {t: {i: g.clone() for i, g in row.items()} for t, row in self.ema.rows.items()} if self.ema else None}
 
     def load_state_dict(self, state: dict):
         "Go on where another balancer of the same method and shared parameters stopped."
-        here = {"num_tasks": self.num_tasks, "shapes": [list(p.shape) for p in self.shared], "method": repr(self)}
+        here = {"num_tasks": self.num_tasks, "shapes": [list(p.shape) for p in self.shared], "method": self._method()}
         for key, value in here.items():
             if state[key] != value: raise ValueError(f"state of another balancer: {key} is {state[key]}, here {value}")
-        self.step, self._names, self.skipped = state["step"], state["names"], state["skipped"]
+        self.step, self._names, self.skipped = copy.deepcopy(state["step"]), state["names"], state["skipped"].clone()
         self.transform.load_state_dict(state["transform"])
         self.aggregator.load_state_dict(state["aggregator"])
         if self.ema:
-            self.ema.rows = {t: {i: g.to(self.shared[i].device) for i, g in row.items()} for t, row in state["ema"].items()}
+            self.ema.rows = {t: {i: g.to(self.shared[i].device, copy=True) for i, g in row.items()}
+                             for t, row in state["ema"].items()}
 
     def verify(self):
         "With check='later': raise if any loss since the last call was bad. One host read."
@@ -95,8 +97,15 @@ class Bookkeeping:
             if mine: lines.append(_count(f"outside shared, reached by {tasks}", mine))
         return "\n".join(lines)
 
+    def discard(self):
+        "Drop the micro-batches that `accumulate` holds, say after an error in the middle of a batch."
+        self._held = None
+
+    def _method(self) -> str:
+        return f"{self.transform}, {self.aggregator}, num_tasks={self.num_tasks}, ema={self.ema}"
+
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.transform}, {self.aggregator}, num_tasks={self.num_tasks}, ema={self.ema})"
+        return f"{type(self).__name__}({self._method()})"
 
 # %% ../nbs/07_balancer.ipynb #f1d40ba9
 def _count(label: str, parameters: list[Tensor]) -> str:
@@ -113,6 +122,15 @@ def check_scales_move(scales: list[Tensor], shared: list[Tensor], versions: tupl
                            "optimizer.add_param_group({'params': balancer.parameters()}) before training")
     return versions
 
+# %% ../nbs/07_balancer.ipynb #59eab445
+def _parameters(shared) -> list[Tensor]:
+    "The shared parameters, each once."
+    if isinstance(shared, Tensor): raise TypeError("`shared` is one tensor: give a module, or a list of parameters")
+    found = list(dict.fromkeys(shared.parameters() if isinstance(shared, nn.Module) else shared))
+    strange = [p for p in found if not isinstance(p, Tensor) or not p.is_leaf]
+    if strange: raise TypeError(f"`shared` must hold parameters, got {type(strange[0]).__name__}")
+    return found
+
 # %% ../nbs/07_balancer.ipynb #cb3f24fe
 def _unscale(gradients, factor: Tensor | None) -> list[Tensor]:
     "Undo a GradScaler's factor, in float32 at least."
@@ -124,17 +142,20 @@ def _factor(scaler, like: Tensor) -> Tensor | None:
     "The factor of a GradScaler, without a host read."
     return None if scaler is None else scaler.scale(torch.ones((), device=like.device))
 
-# %% ../nbs/07_balancer.ipynb #0e30b303
+# %% ../nbs/07_balancer.ipynb #8a20e120
 def _sizes(size, names: tuple) -> list[float]:
     "The count behind each task's mean, as T numbers."
-    if isinstance(size, dict): size = [size[name] for name in names]
+    if isinstance(size, dict):
+        missing = [name for name in names if name not in size]
+        if missing or len(size) != len(names): raise ValueError(f"sizes of {list(size)} given; the tasks are {list(names)}")
+        size = [size[name] for name in names]
     sizes = [float(n) for n in size] if isinstance(size, Iterable) and getattr(size, "ndim", 1) else [float(size)] * len(names)
     if len(sizes) != len(names): raise ValueError(f"expected {len(names)} sizes, got {len(sizes)}")
     for name, n in zip(names, sizes, strict=True):
         if not 0 <= n < float("inf"): raise ValueError(f"the size of task {name!r} is {n:g}; it must be a count")
     return sizes
 
-# %% ../nbs/07_balancer.ipynb #6a113801
+# %% ../nbs/07_balancer.ipynb #09493e4b
 class _Checked(Bookkeeping):
     "What happens before a gradient is computed."
 
@@ -149,6 +170,7 @@ class _Checked(Bookkeeping):
             note = forgotten_layers(graph, self.shared, self._labels)
             if note: warnings.warn(note, stacklevel=4)
             for part in (self.transform, self.aggregator): part.to(read.values.device)
+            self.skipped = self.skipped.to(read.values.device)
         return read, graph
 
     def _check(self, values, names):
@@ -159,18 +181,18 @@ class _Checked(Bookkeeping):
         if not isinstance(self.step, Tensor): self.step = torch.full_like(values[0], self.step)
 
     def _slopes(self, values):
-        scales = list(self.parameters())
+        scales = [p for p in self.parameters() if p.requires_grad]
         if scales and self.check == "now" and self.step >= 2:
             self._versions = check_scales_move(scales, self.shared, self._versions)
         return slopes(self.transform, values)
 
-# %% ../nbs/07_balancer.ipynb #b58b5cf0
+# %% ../nbs/07_balancer.ipynb #f6b797a7
 class _Step(_Checked):
     "The parts of one step, in their order."
 
     def _passes(self, read, graph, start, factor):
         reached, known = leaves(graph), self.ema.positions() if self.ema else ()
-        where = [i for i, p in enumerate(self.shared) if p in reached or i in known]
+        where = [i for i, p in enumerate(self.shared) if p in reached or (i in known and p.requires_grad)]
         passes = iterate_task_gradients(read.roots, [self.shared[i] for i in where], start.unbind(), graph, self.grads)
         return ((_unscale(row, factor), heads) for row, heads in passes), where
 
@@ -178,12 +200,9 @@ class _Step(_Checked):
         finite, old = length.isfinite(), self.ema.rows.get(t, {})
         if length.device.type == "cpu":
             if finite: self.ema.keep(t, row, where)
-            else: self.skipped[t] += 1
             return row
         kept = [torch.where(finite, g, old.get(i, 0), out=old.get(i)) for i, g in zip(where, row, strict=True)]
         self.ema.keep(t, kept, where)
-        self.skipped = self.skipped.to(length.device)
-        self.skipped[t] += ~finite
         return kept
 
     def _write(self, passes, where, values, factor) -> Tensor:
@@ -196,6 +215,7 @@ class _Step(_Checked):
         need = torch.stack(lengths) if needs == "norms" else gramian(rows) if needs == "gramian" else None
         weights = self.aggregator(need, values).to(values.device)
         if self.ema and fails: rows = [self._keep(t, row, where, lengths[t]) for t, row in enumerate(rows)]
+        if lengths: self.skipped += ~torch.stack(lengths).isfinite()
         scaled = weights if factor is None else weights * factor
         if self.ema: scaled = scaled + 0 * torch.stack(lengths)  # not finite where a gradient is not
         add_to_grad([self.shared[i] for i in where], combine(rows, scaled), fresh=True)
@@ -220,13 +240,13 @@ class _Step(_Checked):
         slope, of_scales = self._slopes(values)
         factor = _factor(scaler, slope)
         known = self.ema.positions() if self.ema else set()
-        where = sorted(known.union(*held.rows))
+        where = sorted(i for i in known.union(*held.rows) if self.shared[i].requires_grad)
         passes = held.release(slope, self.shared, where, factor)
         weights = self._write(passes, where, values, factor)
         self._held = None
         self._done(self._names, slope, weights, of_scales, factor)
 
-# %% ../nbs/07_balancer.ipynb #224d9547
+# %% ../nbs/07_balancer.ipynb #78cc1c97
 class Balancer(_Step):
     "Balances T tasks: a loss transform, an optional moving average, and a gradient aggregator."
 
@@ -245,7 +265,7 @@ class Balancer(_Step):
         if num_tasks < 1: raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
         for name, value, known in (("grads", grads, ("loop", "split", "batched")), ("check", check, ("now", "later", "off"))):
             if value not in known: raise ValueError(f"{name} must be one of {known}, got {value!r}")
-        self.shared = list(dict.fromkeys(shared.parameters() if isinstance(shared, nn.Module) else shared))
+        self.shared = _parameters(shared)
         if not any(p.requires_grad for p in self.shared): raise ValueError("`shared` holds no trainable parameter")
         self.transform, self.aggregator, self.ema = transform, aggregator, ema
         self.num_tasks, self.grads, self.check = num_tasks, grads, check
@@ -263,7 +283,7 @@ class Balancer(_Step):
         slope, of_scales = self._slopes(read.values)
         factor = _factor(scaler, slope)
         start = slope if factor is None else slope * factor
-        if self.aggregator.needs == "none" and self.ema is None:
+        if self.aggregator.needs == "none" and self.aggregator.weights_heads and self.ema is None:
             weights = self.aggregator(None, read.values)
             torch.autograd.backward(read.roots, list((start * weights).unbind()))
         else:
@@ -273,8 +293,9 @@ class Balancer(_Step):
     @torch.no_grad()
     def accumulate(self, losses, size, *, scaler=None):
         "Hold one micro-batch; `size` (a number, or T of them) is the count that each task's mean was taken over."
-        names = tuple(losses) if isinstance(losses, dict) else tuple(range(self.num_tasks))
-        sizes = _sizes(size, self._names or names)
+        names = tuple(losses) if isinstance(losses, dict) else self._names or tuple(range(self.num_tasks))
+        given = dict(zip(names, _sizes(size, names), strict=True))
+        sizes = [given.get(name, 0.0) for name in self._names or names]
         tasks = [t for t, n in enumerate(sizes) if n > 0]
         read, graph = self._read(losses, tasks)
         if self.check == "now": check_losses(read.values[tasks], [read.names[t] for t in tasks], Transform())

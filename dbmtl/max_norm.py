@@ -17,11 +17,11 @@ class Aggregator(nn.Module):
     weights_heads = False  # do the weights multiply the heads' gradients too?
     may_fail = False  # may `forward` raise, say because a solver does not converge?
 
-# %% ../nbs/04_max_norm.ipynb #9858e6fb
+# %% ../nbs/04_max_norm.ipynb #ab40b21d
 class Sum(Aggregator):
     "The plain sum of the task gradients: every weight is one."
 
-    needs = "none"
+    needs, weights_heads = "none", True
 
     def forward(self, need: None, losses: Tensor) -> Tensor:
         return torch.ones_like(losses)

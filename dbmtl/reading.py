@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Losses', 'read_losses', 'check_losses', 'check_graph', 'forgotten_layers', 'check_parallel']
 
-# %% ../nbs/06_reading.ipynb #8e81efe6
+# %% ../nbs/06_reading.ipynb #8b6951aa
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Parameter
 
 from .loss_transforms import Transform
 from .task_gradients import Graph, leaves, loss_edges
@@ -31,7 +32,7 @@ def _in_order(losses: Mapping, names: tuple | None) -> dict:
         raise ValueError(f"the tasks are {list(names)}; missing now: {missing}, unknown: {new}")
     return {name: losses[name] for name in names}
 
-# %% ../nbs/06_reading.ipynb #08e74813
+# %% ../nbs/06_reading.ipynb #2f7032fe
 def read_losses(
     losses,  # T scalars: a sequence, a dict {name: loss}, or a stacked [T] tensor
     num_tasks: int,  # T
@@ -46,7 +47,8 @@ def read_losses(
     if isinstance(losses, Tensor) and losses.ndim != 1:
         raise ValueError(f"stacked losses must have shape [T], got {list(losses.shape)}")
     if len(losses) != num_tasks: raise ValueError(f"expected {num_tasks} losses, got {len(losses)}")
-    roots = loss_edges(losses if only is None else [losses[t] for t in only])
+    with torch.enable_grad(): chosen = losses if only is None else [losses[t] for t in only]
+    roots = loss_edges(chosen)
     values = losses if isinstance(losses, Tensor) else torch.stack([loss.detach().reshape(()) for loss in losses])
     values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
     return Losses(values, roots, names or tuple(range(num_tasks)))
@@ -74,13 +76,13 @@ def check_graph(graph: Graph, shared: list[Tensor], names: tuple):
     missing = [name for t, name in enumerate(names) if not found >> t & 1]
     if missing: raise ValueError(f"the loss of task {missing[0]!r} does not reach any shared parameter")
 
-# %% ../nbs/06_reading.ipynb #370c61c1
+# %% ../nbs/06_reading.ipynb #a98317aa
 def forgotten_layers(
     graph: Graph, shared: list[Tensor], labels: Mapping[Tensor, str]
 ) -> str:  # "" if there is none
     "Describe the leaves outside `shared` that two or more losses reach."
     inside = set(shared)
-    outside = [p for p, mask in leaves(graph).items() if p not in inside and mask & (mask - 1)]
+    outside = [p for p, mask in leaves(graph).items() if isinstance(p, Parameter) and p not in inside and mask & (mask - 1)]
     if not outside: return ""
     shown = ", ".join(f"{labels.get(p, 'unnamed')} {list(p.shape)}" for p in outside[:5])
     more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['Recipe', 'method_names', 'nearest', 'recipe', 'make_balancer']
 
-# %% ../nbs/29_registry.ipynb #110b9f7a
+# %% ../nbs/29_registry.ipynb #879e1e9e
 import difflib
 import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
 from .balancer import Balancer
-from .dbmtl import DBMTL
 from .ema import EMA
 from .loss_transforms import IMTLL, Identity, Log, Transform
 from .max_norm import Aggregator, MaxNorm, Sum
@@ -53,12 +52,13 @@ def nearest(name: str, known) -> str:  # "; did you mean 'CAGrad'?" or ""
     close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.4)
     return f"; did you mean {lower[close[0]]!r}?" if close else ""
 
-# %% ../nbs/29_registry.ipynb #1fe57fec
+# %% ../nbs/29_registry.ipynb #9054546f
 def recipe(name: str, num_tasks: int, **hyper) -> Recipe:
     "The axes behind a method name."
     base, plus, suffix = name.partition("+")
     if base not in _RECIPES or (plus and suffix != "log"):
-        raise ValueError(f"unknown method {name!r}{nearest(base, _RECIPES)} Known: {', '.join(method_names())}; '+log' may follow")
+        known = ", ".join(_RECIPES)
+        raise ValueError(f"unknown method {name!r}{nearest(base, _RECIPES)} Known: {known}; '+log' may follow")
     known = list(inspect.signature(_RECIPES[base]).parameters)[1:]
     for key in hyper:
         if key not in known: raise ValueError(f"{name} has no hyper-parameter {key!r}{nearest(key, known)} Known: {known}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-# %% ../nbs/01_task_gradients.ipynb #b45510ee
+# %% ../nbs/01_task_gradients.ipynb #390552c3
 def _peel(edge: GradientEdge) -> GradientEdge:
     "Step behind `torch.stack(...)[i]` or `torch.stack(...).unbind()[i]` to what was stacked."
     node, kind = edge.node, type(edge.node).__name__
@@ -21,22 +21,26 @@ def _peel(edge: GradientEdge) -> GradientEdge:
     if type(inner).__name__ != "StackBackward0": return edge
     index = node._saved_index if kind == "SelectBackward0" else edge.output_nr
     if index >= 2**63: index -= 2**64  # torch keeps a negative index as an unsigned number
-    source, number = inner.next_functions[index]
-    if source is None: raise ValueError("a stacked loss does not require grad")
-    return GradientEdge(source, number)
+    return GradientEdge(*inner.next_functions[index])
 
-# %% ../nbs/01_task_gradients.ipynb #40f5db5f
+# %% ../nbs/01_task_gradients.ipynb #5e550cf9
+def _edge(t: int, loss: Tensor) -> GradientEdge:
+    "Where the pass of one loss starts; errors name the loss by number."
+    if not isinstance(loss, Tensor): raise TypeError(f"loss {t} must be a tensor, got {loss!r}")
+    if loss.numel() != 1: raise ValueError(f"loss {t} must be a scalar, got shape {list(loss.shape)}")
+    edge = _peel(get_gradient_edge(loss.reshape(()) if loss.ndim else loss)) if loss.requires_grad else None
+    if edge is None or edge.node is None: raise ValueError(f"loss {t} does not require grad: nothing to differentiate")
+    return edge
+
+# %% ../nbs/01_task_gradients.ipynb #a9822678
 def loss_edges(
     losses,  # sequence of T scalar tensors, or one stacked [T] tensor
 ) -> list[GradientEdge]:  # where each task's backward pass starts
     "One gradient edge per loss; a stacked tensor is peeled back to what was stacked."
-    if isinstance(losses, Tensor):
-        if losses.ndim != 1: raise ValueError(f"stacked losses must have shape [T], got {list(losses.shape)}")
-        losses = losses.unbind()
-    for t, loss in enumerate(losses):
-        if loss.numel() != 1: raise ValueError(f"loss {t} must be a scalar, got shape {list(loss.shape)}")
-        if not loss.requires_grad: raise ValueError(f"loss {t} does not require grad: nothing to differentiate")
-    return [_peel(get_gradient_edge(loss.reshape(()) if loss.ndim else loss)) for loss in losses]
+    if isinstance(losses, Tensor) and losses.ndim != 1:
+        raise ValueError(f"stacked losses must have shape [T], got {list(losses.shape)}")
+    with torch.enable_grad():  # a view made under no_grad would have lost its graph
+        return [_edge(t, loss) for t, loss in enumerate(losses)]
 
 # %% ../nbs/01_task_gradients.ipynb #1d5154e9
 class Graph(NamedTuple):
@@ -44,7 +48,7 @@ class Graph(NamedTuple):
     tasks: dict  # node -> bit mask of the tasks that reach it
     edges: dict  # node -> ((next node, input number), ...)
 
-# %% ../nbs/01_task_gradients.ipynb #da362ca5
+# %% ../nbs/01_task_gradients.ipynb #7ba4894e
 def trace(
     roots: list[GradientEdge],  # one per task, from `loss_edges`
 ) -> Graph:
@@ -56,9 +60,10 @@ def trace(
         if node not in edges:
             edges[node] = tuple(e for e in node.next_functions if e[0] is not None)
             stack += [child for child, _ in edges[node] if child not in edges]
-        else:
-            stack.pop()
-            if node not in done: done.add(node); order.append(node)
+            continue
+        stack.pop()
+        if node not in done: order.append(node)
+        done.add(node)
     tasks = dict.fromkeys(reversed(order), 0)
     for t, root in enumerate(roots): tasks[root.node] |= 1 << t
     for node, mask in tasks.items():
@@ -78,10 +83,11 @@ def _keepers(graph: Graph) -> int:
         if graph.edges[node]: keep |= mask & ~(1 << (mask.bit_length() - 1))
     return keep
 
-# %% ../nbs/01_task_gradients.ipynb #cd085e7c
+# %% ../nbs/01_task_gradients.ipynb #9dea0cc7
 def _arrange(found: dict[Tensor, Tensor], shared: list[Tensor]) -> tuple[list[Tensor], dict[Tensor, Tensor]]:
     "Split one task's gradients into its row over `shared` (zeros where absent) and the rest."
     row = [found.pop(p) if p in found else torch.zeros_like(p) for p in shared]
+    if any(g.is_sparse for g in row): raise ValueError("sparse gradients (nn.Embedding(sparse=True)) are not supported")
     return row, found
 
 # %% ../nbs/01_task_gradients.ipynb #5f365554

@@ -1,0 +1,44 @@
+"""Renders README.md from nbs/index.ipynb: prose, code and what the code displayed; pictures are linked files."""
+
+import sys
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def text_of(output):
+    """The text of one output of a cell; a picture's is in its file, which the prose links."""
+    if output.output_type == "stream":
+        return output.text
+    data = output.get("data", {})
+    return data.get("text/markdown") or ("" if "image/png" in data else data.get("text/plain", ""))
+
+
+def render(notebook):
+    """Markdown of a notebook. Directives go; so do cells that start with #| hide."""
+    parts = []
+    for cell in notebook.cells:
+        lines = cell.source.strip().splitlines()
+        directives = [line for line in lines if line.startswith("#|")]
+        if cell.cell_type == "markdown":
+            parts.append(cell.source.strip())
+        elif not any(word in line for line in directives for word in ("hide", "default_exp")):
+            source = "\n".join(line for line in lines if line not in directives).strip()
+            parts.append(f"```python\n{source}\n```")
+            for output in cell.outputs:
+                markdown = "text/markdown" in output.get("data", {})
+                text = "".join(text_of(output)).strip()
+                if text:
+                    parts.append(text if markdown else f"```\n{text}\n```")
+    # in the notebook pictures and neighbours are beside nbs/; in the README they are below
+    return ("\n\n".join(part for part in parts if part) + "\n").replace("](../", "](")
+
+
+def main(target=ROOT / "README.md"):
+    Path(target).write_text(render(nbformat.read(ROOT / "nbs" / "index.ipynb", 4)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
