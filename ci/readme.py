@@ -1,5 +1,7 @@
-"""Renders README.md from nbs/index.ipynb: prose, code and what the code displayed; pictures are linked files."""
+"""Renders README.md from nbs/index.ipynb: prose, code and what it displayed. Pictures are linked files; a comment
+`<!-- include FILE -->` becomes the content of that file."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -32,8 +34,10 @@ def render(notebook):
                 text = "".join(text_of(output)).strip()
                 if text:
                     parts.append(text if markdown else f"```\n{text}\n```")
-    # in the notebook pictures and neighbours are beside nbs/; in the README they are below
-    return ("\n\n".join(part for part in parts if part) + "\n").replace("](../", "](")
+    # in the notebook pictures are beside nbs/ and neighbours in it; in the README they are below
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    text = re.sub(r"\]\((?=[\w]+\.ipynb)", "](nbs/", text).replace("](../", "](")
+    return re.sub(r"<!-- include (\S+) -->", lambda found: (ROOT / found[1]).read_text(encoding="utf-8").strip(), text)
 
 
 def main(target=ROOT / "README.md"):

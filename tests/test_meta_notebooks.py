@@ -172,9 +172,9 @@ def first_cells(page, numbers):
 
 @rule
 def size(page, numbers):
-    """25 to 70 cells (experiments and the list of names may be shorter), under 60 KB."""
+    """20 to 70 cells (experiments and the list of names may be shorter), under 60 KB."""
     if page.number is not None:
-        if not (25 if page.within(0, 59) else 1) <= len(page.cells) <= 70:
+        if not (20 if page.within(0, 59) else 1) <= len(page.cells) <= 70:
             yield f"{len(page.cells)} cells"
         if page.size >= 60_000:
             yield f"{page.size} bytes"

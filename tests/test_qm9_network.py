@@ -199,7 +199,7 @@ def trained(molecules, device, captured, steps=8):
     chosen = molecules.select(draw(64)).to(device)
     z = (chosen.y - chosen.y.mean(0)) / chosen.y.std(0)
     for p in network.parameters(): p.grad = torch.zeros_like(p)  # captured steps add into fixed places
-    balancer = DBMTL(shared=network.trunk, num_tasks=3, beta=0.0, grads="batched", check="later")
+    balancer = DBMTL(shared=network.trunk, num_tasks=3, grads="batched", check="later")
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, capturable=torch.device(device).type == "cuda")
     step = training_step(network, chosen, balancer, optimizer, z, ((16, 29),))
     if captured: step = CapturedStep(step, torch.zeros(16, dtype=torch.long, device=device))
