@@ -17,7 +17,7 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
-# %% ../nbs/00_style.ipynb #f2bec51b
+# %% ../nbs/00_style.ipynb #7e29334d
 COLUMN, PAGE = 3.5, 7.2  # figure widths in inches: one column, the whole page
 
 STYLE = {
@@ -29,6 +29,7 @@ STYLE = {
     "axes.grid": True, "axes.axisbelow": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.5,
     "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5, "ytick.major.size": 2.5,
     "lines.linewidth": 1.2, "lines.markersize": 4, "patch.linewidth": 0.6, "errorbar.capsize": 2,
+    "axes.prop_cycle": mpl.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]),
     "svg.fonttype": "path", "svg.hashsalt": "dbmtl",
 }  # fmt: skip
 
