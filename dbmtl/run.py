@@ -71,7 +71,7 @@ def check_names(
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r}: this torch sees no CUDA device; use cpu")
 
-# %% ../nbs/35_run.ipynb #a093b0e8
+# %% ../nbs/35_run.ipynb #acb209f2
 def plan(
     benchmark,
     methods,
@@ -99,7 +99,7 @@ def plan(
 def _counts(record, monitor_every, checkpoints) -> bool:
     if (Path(checkpoints) / f"{record['identity']}.pt").exists(): return False
     if record["state"] == "failed" and is_stale(record): return False
-    return record["config"]["method"] == "STL" or monitor_every in (0, record["monitor_every"])
+    return record["config"]["method"] == "STL" or monitor_every == 0 or record["monitor_every"] > 0
 
 # %% ../nbs/35_run.ipynb #71b3f9c3
 def _run_here(runs, benchmark, scale, out, device, deadline, stop, options) -> list[dict]:

@@ -75,6 +75,8 @@ def test_records_without_the_monitors_asked_for_do_not_count(tmp_path):
     run_all("toy", ["EW", "STL"], out=tmp_path)
     watched = run_all("toy", ["EW", "STL"], out=tmp_path, monitor_every=6)
     assert statuses(watched) == ["done now", "already there"] and watched[0]["monitors"]["steps"] == [0, 6, 12]
+    other_interval = run_all("toy", ["EW"], out=tmp_path, monitor_every=4)
+    assert statuses(other_interval) == ["already there"]
     assert statuses(run_all("toy", ["EW"], out=tmp_path)) == ["already there"]
 
 
