@@ -5,7 +5,7 @@
 torch_in_range() {
     "$1" - <<'PYTHON' 2>/dev/null
 import re, sys, torch
-sys.exit(sys.version_info < (3, 11) or tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 6))
+sys.exit(sys.version_info < (3, 11) or tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 7))
 PYTHON
 }
 
@@ -37,7 +37,7 @@ setup() {
         pins=$(mktemp) && cp ci/constraints.txt "$pins"
         if "$PY" -c 'import torch' 2>/dev/null; then
             if ! torch_in_range "$PY"; then
-                echo "torch $("$PY" -c 'import torch; print(torch.__version__)') in $PY is older than 2.6: update it, or remove .venv" >&2
+                echo "torch $("$PY" -c 'import torch; print(torch.__version__)') in $PY is older than 2.7: update it, or remove .venv" >&2
                 return 1
             fi
             grep -v '^torch==' ci/constraints.txt >"$pins"

@@ -28,7 +28,7 @@ def add_to_grad(parameters: Iterable[Tensor], gradients: Iterable[Tensor], fresh
         if p.grad is not None: p.grad.add_(g)
         else: p.grad = g if fresh else g.clone()
 
-# %% ../nbs/07_balancer.ipynb #e051fdfb
+# %% ../nbs/07_balancer.ipynb #45bd1066
 class Held:
     "Losses and raw gradients summed over micro-batches, each times its size."
 
@@ -37,10 +37,10 @@ class Held:
         self.heads = [{} for _ in range(num_tasks)]  # leaf -> gradient
         self.losses = self.sizes = 0.0
 
-    def add(self, t: int, row: dict, heads: dict):
-        "Add one task's gradients of one micro-batch."
+    def add(self, t: int, count: Tensor, row: dict, heads: dict):
+        "Add one task's mean gradients of one micro-batch, times the count that the mean was taken over."
         for held, new in ((self.rows[t], row), (self.heads[t], heads)):
-            for key, g in new.items(): held[key] = held[key] + g if key in held else g
+            for key, g in new.items(): held[key] = held[key] + g * count if key in held else g * count
 
     def release(self, slope: Tensor, shared: list[Tensor], where: list[int], factor: Tensor | float | None = None):
         "Yield each task's (row, heads) at the given slopes, as a whole batch would; heads times a GradScaler's factor."
@@ -49,7 +49,7 @@ class Held:
             yield ([row[i] * times if i in row else torch.zeros_like(shared[i]) for i in where],
                    {p: g * of_heads for p, g in heads.items()})
 
-# %% ../nbs/07_balancer.ipynb #d66b1b7e
+# %% ../nbs/07_balancer.ipynb #91300a95
 class Bookkeeping:
     "State, description and learned scales of a balancer."
 
@@ -71,7 +71,7 @@ class Bookkeeping:
         here = {"num_tasks": self.num_tasks, "shapes": [list(p.shape) for p in self.shared], "method": self._method()}
         for key, value in here.items():
             if state[key] != value: raise ValueError(f"state of another balancer: {key} is {state[key]}, here {value}")
-        self.step, self._names, self.skipped = copy.deepcopy(state["step"]), state["names"], state["skipped"].clone()
+        self.step, self._names, self.skipped = copy.deepcopy(state["step"]), state["names"], state["skipped"].to(self.skipped.device, copy=True)
         self.transform.load_state_dict(state["transform"])
         self.aggregator.load_state_dict(state["aggregator"])
         if self.ema:
@@ -83,7 +83,7 @@ class Bookkeeping:
         if self._bad is None or not self._bad.any(): return
         bad = [name for name, flag in zip(self._names, self._bad.tolist(), strict=True) if flag]
         self._bad.zero_()
-        raise FloatingPointError(f"losses of tasks {bad} were not {self.transform.domain}")
+        raise FloatingPointError(f"losses of tasks {bad} were bad in a step since the last look; they must be {self.transform.domain}")
 
     def describe(self) -> str:
         "Which parameters are balanced, and which belong to which tasks (known after the first backward)."
@@ -155,7 +155,7 @@ def _sizes(size, names: tuple) -> list[float]:
         if not 0 <= n < float("inf"): raise ValueError(f"the size of task {name!r} is {n:g}; it must be a count")
     return sizes
 
-# %% ../nbs/07_balancer.ipynb #09493e4b
+# %% ../nbs/07_balancer.ipynb #afebec96
 class _Checked(Bookkeeping):
     "What happens before a gradient is computed."
 
@@ -165,13 +165,15 @@ class _Checked(Bookkeeping):
         names = read.names if only is None else [read.names[t] for t in only]
         graph = trace(read.roots)
         check_graph(graph, self.shared, names)
-        if self._partition is None and len(names) == self.num_tasks:
-            self._partition = read.names, leaves(graph)
-            note = forgotten_layers(graph, self.shared, self._labels)
-            if note: warnings.warn(note, stacklevel=4)
-            for part in (self.transform, self.aggregator): part.to(read.values.device)
-            self.skipped = self.skipped.to(read.values.device)
         return read, graph
+
+    def _first(self, read, graph):
+        if self._partition is not None or len(read.roots) < self.num_tasks: return
+        self._partition = read.names, leaves(graph)
+        note = forgotten_layers(graph, self.shared, self._labels)
+        if note: warnings.warn(note, stacklevel=4)
+        for part in (self.transform, self.aggregator): part.to(read.values.device)
+        self.skipped = self.skipped.to(read.values.device)
 
     def _check(self, values, names):
         if self.check == "now": check_losses(values, names, self.transform)
@@ -186,7 +188,7 @@ class _Checked(Bookkeeping):
             self._versions = check_scales_move(scales, self.shared, self._versions)
         return slopes(self.transform, values)
 
-# %% ../nbs/07_balancer.ipynb #f6b797a7
+# %% ../nbs/07_balancer.ipynb #d1629230
 class _Step(_Checked):
     "The parts of one step, in their order."
 
@@ -197,6 +199,7 @@ class _Step(_Checked):
         return ((_unscale(row, factor), heads) for row, heads in passes), where
 
     def _keep(self, t, row, where, length) -> list[Tensor]:
+        "Store task t's average unless it is not finite; the branch for accelerators has never run on one."
         finite, old = length.isfinite(), self.ema.rows.get(t, {})
         if length.device.type == "cpu":
             if finite: self.ema.keep(t, row, where)
@@ -246,7 +249,7 @@ class _Step(_Checked):
         self._held = None
         self._done(self._names, slope, weights, of_scales, factor)
 
-# %% ../nbs/07_balancer.ipynb #78cc1c97
+# %% ../nbs/07_balancer.ipynb #be3faa2d
 class Balancer(_Step):
     "Balances T tasks: a loss transform, an optional moving average, and a gradient aggregator."
 
@@ -280,6 +283,7 @@ class Balancer(_Step):
         if self._held: raise RuntimeError("accumulate() was called: finish with backward() without losses")
         read, graph = self._read(losses)
         self._check(read.values, read.names)
+        self._first(read, graph)
         slope, of_scales = self._slopes(read.values)
         factor = _factor(scaler, slope)
         start = slope if factor is None else slope * factor
@@ -299,11 +303,13 @@ class Balancer(_Step):
         tasks = [t for t, n in enumerate(sizes) if n > 0]
         read, graph = self._read(losses, tasks)
         if self.check == "now": check_losses(read.values[tasks], [read.names[t] for t in tasks], Transform())
+        self._first(read, graph)
         held, counts = self._held or Held(self.num_tasks), read.values.new_tensor(sizes)
         factor = _factor(scaler, counts)
-        start = counts[tasks] if factor is None else counts[tasks] * factor
+        start = torch.ones_like(counts[tasks]) if factor is None else factor.expand(len(tasks))
         passes, where = self._passes(read, graph, start, factor)
         for t, (row, heads) in zip(tasks, passes, strict=True):
-            held.add(t, dict(zip(where, row, strict=True)), dict(zip(heads, _unscale(heads.values(), factor), strict=True)))
+            of_heads = dict(zip(heads, _unscale(heads.values(), factor), strict=True))
+            held.add(t, counts[t], dict(zip(where, row, strict=True)), of_heads)
         held.losses = held.losses + torch.where(counts > 0, read.values * counts, 0)
         held.sizes, self._held, self._names = held.sizes + counts, held, read.names

@@ -29,7 +29,7 @@ def beta_at(
     "The forgetting rate of step k."
     return beta / k**beta_decay
 
-# %% ../nbs/05_ema.ipynb #7c1dce22
+# %% ../nbs/05_ema.ipynb #30606f73
 class EMA:
     "Exponential moving average of each task's gradient, beta_k = beta / k^beta_decay on the OLD value (Algorithm 1)."
 
@@ -40,7 +40,7 @@ class EMA:
     ):
         if not 0 <= beta < 1: raise ValueError(f"beta must be in [0, 1), got {beta}")
         if not beta_decay >= 0: raise ValueError(f"beta_decay must not be negative, got {beta_decay}")
-        self.beta, self.beta_decay = beta, beta_decay
+        self.beta, self.beta_decay = float(beta), float(beta_decay)
         self.rows: dict[int, dict[int, Tensor]] = {}  # task -> {position of the parameter: average}
 
     def positions(self) -> set[int]:

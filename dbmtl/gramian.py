@@ -24,16 +24,14 @@ def norms(
     pieces = torch.stack(torch._foreach_norm(flat, 2, _wide(flat)))
     return torch.linalg.vector_norm(pieces.view(len(rows), -1), dim=1)
 
-# %% ../nbs/02_gramian.ipynb #0a631742
+# %% ../nbs/02_gramian.ipynb #0c814fda
 def gramian(
     rows: list[list[Tensor]],  # T rows of P tensors
 ) -> Tensor:  # [T, T], float64
     "All inner products of the task gradients."
-    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    for pieces in zip(*rows, strict=True):
-        block = torch.stack(pieces).reshape(len(rows), -1).to(_wide(pieces))
-        total = total.to(block.device) + (block @ block.T).double()
-    return total
+    if not rows or not rows[0]: return torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    blocks = (torch.stack(pieces).reshape(len(rows), -1).to(_wide(pieces)) for pieces in zip(*rows, strict=True))
+    return sum((block @ block.T).double() for block in blocks)
 
 # %% ../nbs/02_gramian.ipynb #354cd024
 def cosines(
@@ -44,13 +42,13 @@ def cosines(
     scale = torch.where(length > 0, 1 / length, 0)
     return (M * scale[:, None] * scale).clamp(-1, 1)
 
-# %% ../nbs/02_gramian.ipynb #8e0ddd50
+# %% ../nbs/02_gramian.ipynb #609b9710
 def combine(
     rows: list[list[Tensor]],  # T rows of P tensors
     weights: Tensor,  # [T]
 ) -> list[Tensor]:  # P fresh tensors
     "The weighted sum of the task gradients."
-    total = torch._foreach_mul(rows[0], weights[0])
+    total = list(torch._foreach_mul(rows[0], weights[0]))
     for row, weight in zip(rows[1:], weights[1:], strict=True):
         torch._foreach_add_(total, torch._foreach_mul(row, weight))
     return total

@@ -19,7 +19,7 @@ class Transform(nn.Module):
         "Which losses lie in the domain."
         return torch.isfinite(losses)
 
-# %% ../nbs/03_loss_transforms.ipynb #315e915e
+# %% ../nbs/03_loss_transforms.ipynb #63a401a5
 def slopes(
     transform: Transform,  # function of the losses; its parameters are learned scales
     losses: Tensor,  # [T] detached
@@ -28,8 +28,8 @@ def slopes(
     learned = [p for p in transform.parameters() if p.requires_grad]
     with torch.enable_grad():
         leaf = losses.detach().requires_grad_()
-        slope, *scales = torch.autograd.grad(transform(leaf).sum(), [leaf, *learned], allow_unused=True)
-    return torch.zeros_like(losses) if slope is None else slope, scales
+        slope, *scales = torch.autograd.grad(transform(leaf).sum(), [leaf, *learned], materialize_grads=True)
+    return slope, scales
 
 # %% ../nbs/03_loss_transforms.ipynb #c04e0610
 class Identity(Transform):
@@ -38,14 +38,14 @@ class Identity(Transform):
     def forward(self, losses: Tensor) -> Tensor:
         return losses
 
-# %% ../nbs/03_loss_transforms.ipynb #31ac0d8d
+# %% ../nbs/03_loss_transforms.ipynb #2adfa4c3
 class Log(Transform):
     "phi(l) = log(l + eps): scale-free losses (DB-MTL section 3.1; the SI baseline of Nash-MTL)."
 
     def __init__(self, eps: float = 1e-8):  # eps keeps a loss of zero legal
         super().__init__()
         if not eps >= 0: raise ValueError(f"eps must not be negative, got {eps}")
-        self.eps = eps
+        self.eps = float(eps)
         self.domain = f"finite and above -{eps:g}, for its logarithm"
 
     def forward(self, losses: Tensor) -> Tensor:

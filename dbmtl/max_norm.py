@@ -9,31 +9,31 @@ __all__ = ['Aggregator', 'Sum', 'common_length', 'equal_norm_weights', 'MaxNorm'
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/04_max_norm.ipynb #7f6eccaf
+# %% ../nbs/04_max_norm.ipynb #2c8f1e41
 class Aggregator(nn.Module):
     "Turns T task gradients into weights; subclasses define `forward(what it needs, losses)` -> [T]."
 
     needs = "gramian"  # "none", "norms" [T], or "gramian" [T, T]
     weights_heads = False  # do the weights multiply the heads' gradients too?
-    may_fail = False  # may `forward` raise, say because a solver does not converge?
+    may_fail = True  # may `forward` raise, say because a solver does not converge? Then nothing is stored before
 
-# %% ../nbs/04_max_norm.ipynb #ab40b21d
+# %% ../nbs/04_max_norm.ipynb #3f6beac3
 class Sum(Aggregator):
     "The plain sum of the task gradients: every weight is one."
 
-    needs, weights_heads = "none", True
+    needs, weights_heads, may_fail = "none", True, False
 
     def forward(self, need: None, losses: Tensor) -> Tensor:
         return torch.ones_like(losses)
 
-# %% ../nbs/04_max_norm.ipynb #47591843
+# %% ../nbs/04_max_norm.ipynb #d7da7a02
 _LENGTHS = {
     "max": lambda norms: norms.max(), "min": lambda norms: norms.min(),
     "mean": lambda norms: norms.mean(), "median": lambda norms: norms.quantile(0.5),
-    "1/T": lambda norms: norms.new_tensor(1 / len(norms)),
+    "1/T": lambda norms: torch.full_like(norms[0], 1 / len(norms)),
 }
 
-# %% ../nbs/04_max_norm.ipynb #02211850
+# %% ../nbs/04_max_norm.ipynb #d06309fe
 def common_length(
     norms: Tensor,  # [T]
     alpha: str | float = "max",  # "max", "min", "mean", "median", "1/T", or a constant
@@ -42,7 +42,7 @@ def common_length(
     if isinstance(alpha, str):
         if alpha not in _LENGTHS: raise ValueError(f"alpha must be one of {list(_LENGTHS)} or a number, got {alpha!r}")
         return _LENGTHS[alpha](norms)
-    return norms.new_tensor(alpha)
+    return torch.full_like(norms[0], alpha)
 
 # %% ../nbs/04_max_norm.ipynb #480bd8a1
 def equal_norm_weights(
@@ -53,11 +53,11 @@ def equal_norm_weights(
     "Weights that give every gradient the same length: alpha_k / (|g_t| + eps)."
     return common_length(norms, alpha) / (norms + eps)
 
-# %% ../nbs/04_max_norm.ipynb #39c91c86
+# %% ../nbs/04_max_norm.ipynb #59afe13c
 class MaxNorm(Aggregator):
     "Scale all task gradients to one length, by default the largest norm (DB-MTL section 3.2, Eq. 2)."
 
-    needs = "norms"
+    needs, may_fail = "norms", False
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class MaxNorm(Aggregator):
         super().__init__()
         if not eps >= 0: raise ValueError(f"eps must not be negative, got {eps}")
         common_length(torch.ones(1), alpha)
-        self.alpha, self.eps = alpha, eps
+        self.alpha, self.eps = alpha if isinstance(alpha, str) else float(alpha), float(eps)
 
     def forward(self, norms: Tensor, losses: Tensor) -> Tensor:
         return equal_norm_weights(norms, self.alpha, self.eps)

@@ -28,7 +28,7 @@ def series(
     x = [point for point in found[0] if all(point in other for other in found)]
     return np.array(x), np.array([[curve[point] for point in x] for curve in found], dtype=float)
 
-# %% ../nbs/37_panels.ipynb #55683d12
+# %% ../nbs/37_panels.ipynb #1d5fc5f1
 def panel_grid(
     fig,  # matplotlib figure or subfigure
     names,  # one panel each
@@ -41,7 +41,10 @@ def panel_grid(
     rows = -(-len(names) // columns)
     axes = list(fig.subplots(rows, columns, squeeze=False, **shared).flat)
     spare = dict(enumerate(axes[len(names):]))
-    for ax in spare.values(): ax.axis("off")
+    for place, ax in spare.items():
+        ax.axis("off")
+        above = place + len(names) - columns
+        if above >= 0: axes[above].tick_params(labelbottom=True)  # sharex leaves ticks to the last row alone
     return dict(zip(names, axes, strict=False)) | spare
 
 # %% ../nbs/37_panels.ipynb #b4963300

@@ -32,7 +32,7 @@ def _in_order(losses: Mapping, names: tuple | None) -> dict:
         raise ValueError(f"the tasks are {list(names)}; missing now: {missing}, unknown: {new}")
     return {name: losses[name] for name in names}
 
-# %% ../nbs/06_reading.ipynb #2f7032fe
+# %% ../nbs/06_reading.ipynb #da3fe92e
 def read_losses(
     losses,  # T scalars: a sequence, a dict {name: loss}, or a stacked [T] tensor
     num_tasks: int,  # T
@@ -47,11 +47,11 @@ def read_losses(
     if isinstance(losses, Tensor) and losses.ndim != 1:
         raise ValueError(f"stacked losses must have shape [T], got {list(losses.shape)}")
     if len(losses) != num_tasks: raise ValueError(f"expected {num_tasks} losses, got {len(losses)}")
-    with torch.enable_grad(): chosen = losses if only is None else [losses[t] for t in only]
-    roots = loss_edges(chosen)
+    only, names = range(num_tasks) if only is None else only, names or tuple(range(num_tasks))
+    with torch.enable_grad(): roots = loss_edges([losses[t] for t in only], [repr(names[t]) for t in only])
     values = losses if isinstance(losses, Tensor) else torch.stack([loss.detach().reshape(()) for loss in losses])
     values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
-    return Losses(values, roots, names or tuple(range(num_tasks)))
+    return Losses(values, roots, names)
 
 # %% ../nbs/06_reading.ipynb #3411c70c
 def check_losses(

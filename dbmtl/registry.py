@@ -40,17 +40,17 @@ _RECIPES: dict[str, Callable[..., Recipe]] = {
     "DB-MTL": _db_mtl,
 }
 
-# %% ../nbs/29_registry.ipynb #f4aba5fb
+# %% ../nbs/29_registry.ipynb #f6b6332b
 def method_names() -> list[str]:
-    "The names that `make_balancer` knows; the gradient methods also take a trailing `+log`."
+    "The names that `make_balancer` knows; those without a loss transform also take a trailing `+log`."
     return list(_RECIPES)
 
-# %% ../nbs/29_registry.ipynb #9b21d439
-def nearest(name: str, known) -> str:  # "; did you mean 'CAGrad'?" or ""
-    "A hint for a misspelt name."
+# %% ../nbs/29_registry.ipynb #3f1ddc9a
+def nearest(name: str, known) -> str:  # "; did you mean 'CAGrad'?" or "."
+    "A hint for a misspelt name, with a full stop or a question mark at its end."
     lower = {k.lower(): k for k in known}
     close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.4)
-    return f"; did you mean {lower[close[0]]!r}?" if close else ""
+    return f"; did you mean {lower[close[0]]!r}?" if close else "."
 
 # %% ../nbs/29_registry.ipynb #9054546f
 def recipe(name: str, num_tasks: int, **hyper) -> Recipe:

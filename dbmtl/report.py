@@ -17,7 +17,7 @@ from .metrics import Interval, delta_p, delta_p_per_task, interval, mean_rank
 from .records import above_floor, configuration, is_stale, read_records, runs_folder, selected, write_atomically
 from .style import write_rows
 
-# %% ../nbs/36_report.ipynb #cf5ec58f
+# %% ../nbs/36_report.ipynb #8e6386b9
 def group_records(
     records: list[dict],  # any state, pending runs included
     key=None,  # record -> name of its group; its method if None
@@ -31,7 +31,7 @@ def group_records(
         own = common | {k: config[k] for k in ("method", "hyper")}
         for kind, what in ((("all", "runs"), common), (("method", name), own), (("data", seed), _data_of(record))):
             differ = [k for k in what if first.setdefault(kind, what).get(k, what[k]) != what[k]]
-            if differ: raise ValueError(f"{name!r}, seed {seed}, is not comparable: its {', '.join(differ)} differ from others'")
+            if differ: raise ValueError(f"{name!r}, seed {seed}, is not comparable: its {', '.join(differ)} differ from the rest")
         if seed in groups.setdefault(name, {}): raise ValueError(f"there are two records of {name!r}, seed {seed}")
         groups[name][seed] = record
     return {name: dict(sorted(runs.items())) for name, runs in groups.items()}
@@ -233,7 +233,7 @@ def compared(
     reason = "; ".join(why if len(weights) == 1 else f"{method} {why}" for method, why in reasons.items() if why)
     return {"ours": reason or "no common seed", "paper": paper, "verdict": "not run" if "not run" in reason else "none"}
 
-# %% ../nbs/36_report.ipynb #8bae6137
+# %% ../nbs/36_report.ipynb #5e1b6ab0
 def records_to_draw(
     benchmark,  # a Benchmark, or its name
     made: list[dict],  # what `run_all` just returned
@@ -245,7 +245,8 @@ def records_to_draw(
     for scale in ("paper", "gpu", "cpu"):
         if scale not in benchmark.scales: continue
         place = runs_folder(scale) if folder is None else folder
-        records = [r for r in read_records(place, benchmark=benchmark.name, scale=scale, hyper={}) if _as_now(r, benchmark, scale)]
+        found = read_records(place, benchmark=benchmark.name, scale=scale, hyper={})
+        records = [record for record in found if _as_now(record, benchmark, scale)]
         done = {r["config"]["method"] for r in records if r["state"] == "finished"}
         if baseline in done and len(done) > 1: return scale, records
     return made[0]["config"]["scale"]["name"], made

@@ -23,24 +23,25 @@ def _peel(edge: GradientEdge) -> GradientEdge:
     if index >= 2**63: index -= 2**64  # torch keeps a negative index as an unsigned number
     return GradientEdge(*inner.next_functions[index])
 
-# %% ../nbs/01_task_gradients.ipynb #5e550cf9
-def _edge(t: int, loss: Tensor) -> GradientEdge:
-    "Where the pass of one loss starts; errors name the loss by number."
-    if not isinstance(loss, Tensor): raise TypeError(f"loss {t} must be a tensor, got {loss!r}")
-    if loss.numel() != 1: raise ValueError(f"loss {t} must be a scalar, got shape {list(loss.shape)}")
+# %% ../nbs/01_task_gradients.ipynb #49bba17f
+def _edge(name, loss: Tensor) -> GradientEdge:
+    "Where the pass of one loss starts; errors name the loss."
+    if not isinstance(loss, Tensor): raise TypeError(f"loss {name} must be a tensor, got {loss!r}")
+    if loss.numel() != 1: raise ValueError(f"loss {name} must be a scalar, got shape {list(loss.shape)}")
     edge = _peel(get_gradient_edge(loss.reshape(()) if loss.ndim else loss)) if loss.requires_grad else None
-    if edge is None or edge.node is None: raise ValueError(f"loss {t} does not require grad: nothing to differentiate")
+    if edge is None or edge.node is None: raise ValueError(f"loss {name} does not require grad: nothing to differentiate")
     return edge
 
-# %% ../nbs/01_task_gradients.ipynb #a9822678
+# %% ../nbs/01_task_gradients.ipynb #6bfcefc6
 def loss_edges(
     losses,  # sequence of T scalar tensors, or one stacked [T] tensor
+    names=None,  # T task names for errors; numbers if None
 ) -> list[GradientEdge]:  # where each task's backward pass starts
     "One gradient edge per loss; a stacked tensor is peeled back to what was stacked."
     if isinstance(losses, Tensor) and losses.ndim != 1:
         raise ValueError(f"stacked losses must have shape [T], got {list(losses.shape)}")
     with torch.enable_grad():  # a view made under no_grad would have lost its graph
-        return [_edge(t, loss) for t, loss in enumerate(losses)]
+        return [_edge(name, loss) for name, loss in zip(names or range(len(losses)), losses, strict=True)]
 
 # %% ../nbs/01_task_gradients.ipynb #1d5154e9
 class Graph(NamedTuple):
@@ -172,7 +173,7 @@ class TaskGradients(NamedTuple):
     shared: list[list[Tensor]]  # T rows of P tensors; zeros where a task does not reach a parameter
     heads: list[dict[Tensor, Tensor]]  # for each task {leaf outside shared: gradient}
 
-# %% ../nbs/01_task_gradients.ipynb #507e8e8a
+# %% ../nbs/01_task_gradients.ipynb #4de24be4
 def iterate_task_gradients(
     roots: list[GradientEdge],  # from `loss_edges`
     shared: list[Tensor],  # P parameters
@@ -181,13 +182,13 @@ def iterate_task_gradients(
     grads: str = "loop",  # "loop", "split" or "batched"
     retain_graph: bool = False,  # keep the graph for another use
 ):
-    "Yield (row over `shared`, {other leaf: gradient}) task by task, so that no more than one need be held."
+    "Yield (row over `shared`, {other leaf: gradient}) task by task."
     if grads == "loop": return _loop(roots, shared, cotangents, graph, retain_graph)
     if grads in ("split", "batched"):
         return _heads_first(roots, shared, cotangents, graph, retain_graph, grads == "batched")
     raise ValueError(f"grads must be 'loop', 'split' or 'batched', got {grads!r}")
 
-# %% ../nbs/01_task_gradients.ipynb #add28119
+# %% ../nbs/01_task_gradients.ipynb #9a4fd606
 def task_gradients(
     losses,  # T scalars: a sequence, or a stacked [T] tensor
     shared,  # module or iterable of the shared parameters
@@ -199,6 +200,6 @@ def task_gradients(
     shared = list(shared.parameters() if isinstance(shared, torch.nn.Module) else shared)
     roots = loss_edges(losses)
     if cotangents is None: cotangents = [torch.ones_like(loss) for loss in losses]
-    cotangents = [c.reshape(()).to(loss) for c, loss in zip(cotangents, losses, strict=True)]
+    cotangents = [torch.as_tensor(c).reshape(()).to(loss) for c, loss in zip(cotangents, losses, strict=True)]
     pairs = list(iterate_task_gradients(roots, shared, cotangents, trace(roots), grads, retain_graph))
     return TaskGradients([row for row, _ in pairs], [rest for _, rest in pairs])

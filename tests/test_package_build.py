@@ -113,7 +113,7 @@ def test_package_every_public_name_needs_torch_and_numpy_only():
 
 
 def test_package_requirements():
-    assert sorted(PROJECT["dependencies"]) == ["numpy", "torch>=2.6"]
+    assert sorted(PROJECT["dependencies"]) == ["numpy", "torch>=2.7"]
     assert PROJECT["requires-python"] == ">=3.11"
     assert {"qm9", "notebooks", "dev"} <= set(PROJECT["optional-dependencies"])
 

@@ -6,8 +6,10 @@ import math
 import pytest
 from scipy.stats import t as student
 
+from dbmtl.benchmark import get_benchmark
 from dbmtl.metrics import Interval
 from dbmtl.panels import curve_rows, panel_grid, seed_bars, series
+from dbmtl.records import code_modules, configuration, fingerprint, run_identity, write_record
 from dbmtl.report import (
     compared,
     contrast,
@@ -21,6 +23,7 @@ from dbmtl.report import (
     markdown_table,
     mean_ranks,
     number,
+    records_to_draw,
     task_gains_by_seed,
     untrained,
     verdict,
@@ -83,6 +86,7 @@ def test_report_a_task_at_its_floor_takes_delta_p_and_verdict_away():
 def test_report_a_baseline_at_its_floor_takes_every_delta_p_away():
     found = group_records([record("STL", 0, a=2.5), record("EW", 0)])
     assert delta_p_by_seed(found) == {} and why_missing(found, "EW") == "STL not trained: a"
+    assert list(task_gains_by_seed(found)["EW"][0]) == ["b"]
 
 
 def test_report_lost_runs_are_listed():
@@ -151,6 +155,54 @@ def test_report_verdict_words(scale, found, sign, own, word):
     assert verdict(scale, found, sign, own) == word
 
 
+def test_report_compared_judges_against_the_sign_of_the_paper():
+    found = groups(*(record("EW", seed, a=1.5 + 0.01 * seed) for seed in range(3)))
+    values = delta_p_by_seed(found)
+    words = [compared(found, values, {"EW": 1}, paper)["verdict"] for paper in (-3.0, 3.0)]
+    assert words == ["same sign", "opposite sign"]
+    assert compared(found, values, {"EW": 1}, -3.0)["ours"].mean == pytest.approx(-25.5)
+
+
+def stored(folder, method, seed=0, scale="cpu", sizes=None, hyper=None):
+    """A record on disk whose configuration is the toy's present one, or of other `sizes`."""
+    made = record(method, seed)
+    made["config"] = configuration("toy", method, seed, "cpu", hyper)
+    made["config"]["scale"] |= {"name": scale} | (sizes or {})
+    made["identity"] = run_identity(made["config"], "x")
+    write_record(made, folder)
+    return made
+
+
+def test_report_draws_the_best_scale_that_can_be_compared(tmp_path):
+    made = [record("STL", 0, scale="smoke"), record("EW", 0, scale="smoke")]
+    assert records_to_draw("toy", made, folder=tmp_path) == ("smoke", made)
+    stored(tmp_path, "STL")
+    assert records_to_draw("toy", made, folder=tmp_path) == ("smoke", made), "a baseline alone is no table"
+    stored(tmp_path, "EW")
+    stored(tmp_path, "DB-MTL", hyper={"beta": 0.1})
+    stored(tmp_path, "DB-MTL", sizes={"epochs": 41})
+    scale, records = records_to_draw("toy", made, folder=tmp_path)
+    assert scale == "cpu" and [r["config"]["method"] for r in records] == ["EW", "STL"]
+
+
+def test_report_draws_paper_scale_before_cpu(tmp_path):
+    from dataclasses import replace
+
+    toy = get_benchmark("toy")
+    both = replace(toy, scales=toy.scales | {"paper": toy.scales["cpu"]})
+    for scale in ("cpu", "paper"):
+        for method in ("STL", "EW"):
+            stored(tmp_path, method, scale=scale)
+    assert records_to_draw(both, [], folder=tmp_path)[0] == "paper"
+
+
+def test_report_marks_records_of_older_code():
+    present = fingerprint(code_modules("toy", "EW", {}))
+    assert "older code" not in describe_runs([record("EW", 0, code=present)])
+    old = [record("EW", 0, code=present), record("DB-MTL", 0, code="0" * 12)]
+    assert "older code: DB-MTL" in describe_runs(old)
+
+
 def test_report_describes_size_device_and_seeds():
     text = describe_runs([record("EW", 0), record("EW", 1), record("DB-MTL", 0)])
     parts = ["toy at cpu scale", "3 epochs of batch 4", "30 steps", "width 8", "generated", "cpu: test", "1 to 2 seeds"]
@@ -190,6 +242,8 @@ def test_report_curves_keep_the_points_that_all_seeds_have():
     x, y = series({0: record("EW", 0), 1: short}, "train", "a")
     assert x.tolist() == [2] and y.tolist() == [[2.0], [7.0]]
     assert len(series({0: record("EW", 0)}, "norms", "a")[0]) == 0
+    lost = record("EW", 2, state="diverged")
+    assert series({0: record("EW", 0), 2: lost}, "train", "a")[1].shape == (1, 2)
     rows = curve_rows({"EW": {0: record("EW", 0)}}, "train", ["a"], ["EW", "DB-MTL"])
     assert rows == [
         {"task": "a", "method": "EW", "seed": 0, "epoch": 1, "train": 0.0},
