@@ -7,12 +7,15 @@ __all__ = ['toy', 'toy_multi', 'unknown_name', 'Metric', 'MeanAbsoluteError', 'A
            'TensorSplit', 'Data', 'Benchmark', 'toy_samples', 'ToyNetwork', 'load_toy', 'benchmark_names',
            'get_benchmark', 'benchmark_module']
 
-# %% ../nbs/32_benchmark.ipynb #12e66315
+# %% ../nbs/32_benchmark.ipynb #e91a3a52
 import difflib
+import functools
 import hashlib
 import importlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.resources import files
 
 import torch
 from torch import Tensor, nn
@@ -104,10 +107,10 @@ def constant_floor(
     meter.update(constant.expand(len(target), *constant.shape), target)
     return meter.compute()
 
-# %% ../nbs/32_benchmark.ipynb #dfb117cb
+# %% ../nbs/32_benchmark.ipynb #aedc736c
 @dataclass(frozen=True)
 class Scale:
-    "The sizes of a run: every field changes its numbers and enters its identity."
+    "The sizes of a run: every field enters its identity."
     epochs: int
     batch_size: int
     width: float  # of the network, as the benchmark understands it
@@ -143,14 +146,14 @@ class TensorSplit:
         "The samples numbered by a long tensor on the same device."
         return self.inputs[index], {name: target[index] for name, target in self.targets.items()}
 
-# %% ../nbs/32_benchmark.ipynb #fcde8845
+# %% ../nbs/32_benchmark.ipynb #ff4778be
 @dataclass(frozen=True)
 class Data:
     "What a benchmark loaded: splits on the device, their hash, and the floors."
     train: object  # a split, or {task name: split}
     validation: object  # the same, or None
     test: object
-    hash: str  # sha256 of what was loaded
+    hash: str  # sha256 of the source; the scale fixes the sample
     note: str = ""  # "sample of 7,000 molecules", "generated"
     floors: dict = field(default_factory=dict)  # {task: {metric: value}} of the trivial predictor on test
     floors_validation: dict = field(default_factory=dict)
@@ -280,32 +283,29 @@ toy = Benchmark("toy", _toy_tasks, _toy_scales, load_toy, _toy_network, _toy_ada
 toy_multi = Benchmark(
     "toy-multi", _toy_tasks, _toy_scales, _load_toy_multi, _toy_network, _toy_adam, _toy_steps, multi_input=True)
 
-# %% ../nbs/32_benchmark.ipynb #22048967
-_benchmarks = {
-    "toy": ":toy",
-    "toy-multi": ":toy_multi",
-    "qm9": "dbmtl.qm9:benchmark",
-}
+# %% ../nbs/32_benchmark.ipynb #8a98403a
+@functools.cache
+def _benchmarks() -> dict:
+    return json.loads(files("dbmtl").joinpath("assets/benchmarks.json").read_text("utf-8"))
 
 
 def benchmark_names() -> list[str]:
     "The names that `get_benchmark` knows."
-    return list(_benchmarks)
+    return list(_benchmarks())
 
-# %% ../nbs/32_benchmark.ipynb #241bd0c0
+# %% ../nbs/32_benchmark.ipynb #ed288fc5
 def get_benchmark(
     name,  # a name of `benchmark_names()`; a Benchmark is returned as it is
 ) -> Benchmark:
     "The benchmark of that name; raises ValueError with the nearest name."
     if not isinstance(name, str): return name
-    if name not in _benchmarks: raise unknown_name("benchmark", name, _benchmarks)
-    module, attribute = _benchmarks[name].split(":")
-    return getattr(importlib.import_module(module), attribute) if module else globals()[attribute]
+    if name not in _benchmarks(): raise unknown_name("benchmark", name, _benchmarks())
+    module, attribute = _benchmarks()[name].split(":")
+    return getattr(importlib.import_module(module), attribute)
 
-# %% ../nbs/32_benchmark.ipynb #8d75bd61
+# %% ../nbs/32_benchmark.ipynb #49392c03
 def benchmark_module(
     name: str,  # of a benchmark
 ) -> str:  # "dbmtl.qm9"; "" for one that the table does not know
     "Where a benchmark is defined."
-    module = _benchmarks.get(name, "").split(":")[0]
-    return module or ("dbmtl.benchmark" if name in _benchmarks else "")
+    return _benchmarks().get(name, "").split(":")[0]

