@@ -9,8 +9,8 @@ __all__ = []
 # %% ../nbs/90_api.ipynb #9435f429
 from importlib import import_module
 
-# %% ../nbs/90_api.ipynb #f83d7c71
-__doc__ = "Balance the tasks of a multi-task network: DB-MTL and the methods that it is compared with."
+# %% ../nbs/90_api.ipynb #2b3270e6
+__doc__ = "Balance the tasks of a multi-task network: DB-MTL, and what it is compared with."
 _WHERE = {
     "Balancer": "balancer", "DBMTL": "dbmtl", "make_balancer": "registry", "method_names": "registry",
     "Transform": "loss_transforms", "Identity": "loss_transforms", "Log": "loss_transforms", "IMTLL": "loss_transforms",

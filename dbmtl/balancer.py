@@ -49,7 +49,7 @@ class Held:
             yield ([row[i] * times if i in row else torch.zeros_like(shared[i]) for i in where],
                    {p: g * of_heads for p, g in heads.items()})
 
-# %% ../nbs/07_balancer.ipynb #91300a95
+# %% ../nbs/07_balancer.ipynb #569e4f24
 class Bookkeeping:
     "State, description and learned scales of a balancer."
 
@@ -64,14 +64,15 @@ class Bookkeeping:
         return {"num_tasks": self.num_tasks, "shapes": [list(p.shape) for p in self.shared], "method": self._method(),
                 "step": copy.deepcopy(self.step), "names": self._names, "skipped": self.skipped.clone(),
                 "transform": self.transform.state_dict(), "aggregator": self.aggregator.state_dict(),
-                "ema": {t: {i: g.clone() for i, g in row.items()} for t, row in self.ema.rows.items()} if self.ema else None}
+                "ema": {t: {i: g.clone() for i, g in r.items()} for t, r in self.ema.rows.items()} if self.ema else None}
 
     def load_state_dict(self, state: dict):
         "Go on where another balancer of the same method and shared parameters stopped."
         here = {"num_tasks": self.num_tasks, "shapes": [list(p.shape) for p in self.shared], "method": self._method()}
         for key, value in here.items():
             if state[key] != value: raise ValueError(f"state of another balancer: {key} is {state[key]}, here {value}")
-        self.step, self._names, self.skipped = copy.deepcopy(state["step"]), state["names"], state["skipped"].to(self.skipped.device, copy=True)
+        self.step, self._names = copy.deepcopy(state["step"]), state["names"]
+        self.skipped = state["skipped"].to(self.skipped.device, copy=True)
         self.transform.load_state_dict(state["transform"])
         self.aggregator.load_state_dict(state["aggregator"])
         if self.ema:
@@ -83,7 +84,7 @@ class Bookkeeping:
         if self._bad is None or not self._bad.any(): return
         bad = [name for name, flag in zip(self._names, self._bad.tolist(), strict=True) if flag]
         self._bad.zero_()
-        raise FloatingPointError(f"losses of tasks {bad} were bad in a step since the last look; they must be {self.transform.domain}")
+        raise FloatingPointError(f"bad losses of tasks {bad} since the last look; they must be {self.transform.domain}")
 
     def describe(self) -> str:
         "Which parameters are balanced, and which belong to which tasks (known after the first backward)."

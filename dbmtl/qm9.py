@@ -95,9 +95,9 @@ def load(
     if source not in ("sample", "full"): raise ValueError(f"source must be 'sample' or 'full', not {source!r}")
     return make_data(load_sample() if source == "sample" else load_qm9(), scale, device)
 
-# %% ../nbs/42_qm9.ipynb #cc577b4a
+# %% ../nbs/42_qm9.ipynb #19e536aa
 def data_hash(scale: Scale, seed: int = 0) -> str | None:
-    "Hash of the data of a scale without decoding it; None for torch-geometric's folder."
+    "Hash of the source of a scale without decoding it; None for torch-geometric's folder."
     if scale.extra.get("source", "sample") == "sample":
         return hashlib.sha256(files("dbmtl").joinpath("assets/qm9_sample.npz").read_bytes()).hexdigest()
     packed = data_folder() / "qm9" / "qm9.npz"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ELEMENTS', 'COLUMNS', 'Record', 'read_record', 'encode', 'read_wheel', 'build', 'sample_arrays', 'main']
 
-# %% ../nbs/43_qm9_build.ipynb #5818e84c
+# %% ../nbs/43_qm9_build.ipynb #3b333abb
 import argparse
 import csv
 import hashlib
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from .qm9_data import DECIMALS, data_folder, pack_integers, ranges, unpack_integers
+from .records import write_atomically
 
 # %% ../nbs/43_qm9_build.ipynb #3071a48b
 ELEMENTS = {"H": 1, "C": 6, "N": 7, "O": 8, "F": 9}
@@ -197,7 +198,7 @@ def read_wheel(
             with archive.open(part) as raw:
                 yield from map(read_record, csv.DictReader(io.TextIOWrapper(raw, "utf-8")))
 
-# %% ../nbs/43_qm9_build.ipynb #09fcd418
+# %% ../nbs/43_qm9_build.ipynb #79ef1db8
 def build(
     wheel: str | Path,
     folder: str | Path | None = None,  # of the result; DBMTL_DATA/qm9 where None
@@ -211,8 +212,8 @@ def build(
     np.savez_compressed(part, **arrays)
     digest = hashlib.sha256(part.read_bytes()).hexdigest()
     record = {"sha256": digest, "molecules": len(arrays["n"]), "wheel": Path(wheel).name}
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     part.replace(path)
+    write_atomically(path.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
     return path
 
 # %% ../nbs/43_qm9_build.ipynb #e49bb981

@@ -17,7 +17,7 @@ from .metrics import Interval, delta_p, delta_p_per_task, interval, mean_rank
 from .records import above_floor, configuration, is_stale, read_records, runs_folder, selected, write_atomically
 from .style import write_rows
 
-# %% ../nbs/36_report.ipynb #8e6386b9
+# %% ../nbs/36_report.ipynb #76a05e4a
 def group_records(
     records: list[dict],  # any state, pending runs included
     key=None,  # record -> name of its group; its method if None
@@ -29,7 +29,8 @@ def group_records(
         name, seed = key(record) if key else config["method"], config["seed"]
         common = {"benchmark": config["benchmark"], "scale": config["scale"]}
         own = common | {k: config[k] for k in ("method", "hyper")}
-        for kind, what in ((("all", "runs"), common), (("method", name), own), (("data", seed), _data_of(record))):
+        data, note = _data_of(record)
+        for kind, what in ((("all", "runs"), common), (("method", name), own), (("data", seed), data), (("data", "all"), note)):
             differ = [k for k in what if first.setdefault(kind, what).get(k, what[k]) != what[k]]
             if differ: raise ValueError(f"{name!r}, seed {seed}, is not comparable: its {', '.join(differ)} differ from the rest")
         if seed in groups.setdefault(name, {}): raise ValueError(f"there are two records of {name!r}, seed {seed}")
@@ -38,7 +39,9 @@ def group_records(
 
 
 def _data_of(record):
-    return {"data": record["data"]["hash"]} if "data" in record else {}
+    "What one seed must share, and what all runs must."
+    if "data" not in record: return {}, {}
+    return {"data": record["data"]["hash"]}, {"data": record["data"].get("note", "")}
 
 # %% ../nbs/36_report.ipynb #b943279c
 def lost_runs(groups: dict) -> list[str]:
@@ -233,14 +236,14 @@ def compared(
     reason = "; ".join(why if len(weights) == 1 else f"{method} {why}" for method, why in reasons.items() if why)
     return {"ours": reason or "no common seed", "paper": paper, "verdict": "not run" if "not run" in reason else "none"}
 
-# %% ../nbs/36_report.ipynb #5e1b6ab0
+# %% ../nbs/36_report.ipynb #469c67ce
 def records_to_draw(
     benchmark,  # a Benchmark, or its name
     made: list[dict],  # what `run_all` just returned
     baseline: str = "STL",
     folder=None,  # of committed records; `runs_folder` if None
 ) -> tuple[str, list[dict]]:  # scale and records
-    "Records at the best of the scales paper, gpu and cpu that has any, else those just made."
+    "Records at the first scale of paper, gpu, cpu where the baseline and two more methods are finished, else those made."
     benchmark = get_benchmark(benchmark)
     for scale in ("paper", "gpu", "cpu"):
         if scale not in benchmark.scales: continue
@@ -248,7 +251,7 @@ def records_to_draw(
         found = read_records(place, benchmark=benchmark.name, scale=scale, hyper={})
         records = [record for record in found if _as_now(record, benchmark, scale)]
         done = {r["config"]["method"] for r in records if r["state"] == "finished"}
-        if baseline in done and len(done) > 1: return scale, records
+        if baseline in done and len(done) > 2: return scale, records
     return made[0]["config"]["scale"]["name"], made
 
 

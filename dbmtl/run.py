@@ -26,13 +26,13 @@ from .records import configuration, find_record, is_stale, runs_folder, write_at
 from .registry import make_balancer, method_names
 from .train import train
 
-# %% ../nbs/35_run.ipynb #dc0e43a9
+# %% ../nbs/35_run.ipynb #e5a6b6fa
 def parse_duration(
     text,  # "90s", "25m", "1h30m", "45" or a number of seconds
 ) -> float:  # seconds
     "Seconds from a duration; raises ValueError for anything else."
-    found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", str(text).strip())
-    try: seconds = sum(float(part) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True) if part)
+    found = re.fullmatch(r"([\d.]+)|(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", str(text).strip())
+    try: seconds = sum(float(part) * unit for part, unit in zip(found.groups(), (1, 3600, 60, 1), strict=True) if part)
     except (AttributeError, ValueError): seconds = 0
     if seconds <= 0: raise ValueError(f"a duration is like 90s, 25m or 1h30m, not {text!r}")
     return seconds
@@ -47,7 +47,7 @@ def hyper_of(
     common = {name: value for name, value in hyper.items() if not isinstance(value, dict)}
     return {} if method == "STL" else common | hyper.get(method, {})
 
-# %% ../nbs/35_run.ipynb #56e77578
+# %% ../nbs/35_run.ipynb #3d4965cc
 def check_names(
     benchmark,
     methods,  # names
@@ -63,7 +63,9 @@ def check_names(
     for name in [*methods, *meant]:
         if name in known: continue
         try: make_balancer(name, shared=torch.nn.Linear(1, 1), num_tasks=2)
-        except ValueError as error: raise unknown_name("method", name, known) from error
+        except ValueError as error:
+            if name.split("+")[0] in known: raise  # a composition that cannot be, and its reason
+            raise unknown_name("method", name, known) from error
     for name in methods:
         if name == "STL": continue
         try: make_balancer(name, shared=torch.nn.Linear(1, 1), num_tasks=len(benchmark.tasks), **hyper_of(name, hyper))
@@ -71,7 +73,7 @@ def check_names(
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r}: this torch sees no CUDA device; use cpu")
 
-# %% ../nbs/35_run.ipynb #acb209f2
+# %% ../nbs/35_run.ipynb #8496b7a8
 def plan(
     benchmark,
     methods,
@@ -82,7 +84,7 @@ def plan(
     fresh: bool = False,
     monitor_every: int = 0,
     checkpoints=None,
-) -> list[dict]:  # {"config", "method", "seed", "hyper", "record": or None}, seeds outside, methods inside
+) -> list[dict]:  # {"config", "method", "seed", "hyper", "data_hash", "record": or None}, seeds outside, methods inside
     "The runs that make up a table, each with its record if it is done."
     benchmark, runs = get_benchmark(benchmark), []
     for seed in dict.fromkeys(seeds):
@@ -90,18 +92,23 @@ def plan(
         for method in dict.fromkeys(methods):
             own = hyper_of(method, hyper)
             config = configuration(benchmark, method, seed, scale, own)
-            record = None if fresh else find_record(config, out, known)
-            if record and not _counts(record, monitor_every, checkpoints or Path(out) / "checkpoints"): record = None
-            runs.append({"config": config, "method": method, "seed": seed, "hyper": own, "record": record})
+            run = {"config": config, "method": method, "seed": seed, "hyper": own, "data_hash": known}
+            runs.append(run | {"record": None if fresh else _recorded(run, out, monitor_every, checkpoints)})
     return runs
 
 
+def _recorded(run, out, monitor_every, checkpoints) -> dict | None:
+    "The record that makes training this run unnecessary."
+    record = find_record(run["config"], out, run["data_hash"])
+    return record if record and _counts(record, monitor_every, checkpoints or Path(out) / "checkpoints") else None
+
+
 def _counts(record, monitor_every, checkpoints) -> bool:
-    if (Path(checkpoints) / f"{record['identity']}.pt").exists(): return False
+    if any(Path(checkpoints).glob(f"{record['identity']}.pt*")): return False  # .previous and .new as well
     if record["state"] == "failed" and is_stale(record): return False
     return record["config"]["method"] == "STL" or monitor_every == 0 or record["monitor_every"] > 0
 
-# %% ../nbs/35_run.ipynb #71b3f9c3
+# %% ../nbs/35_run.ipynb #54f8c1d1
 def _run_here(runs, benchmark, scale, out, device, deadline, stop, options) -> list[dict]:
     "Train the pending runs one after another in this process."
     results, loaded = [], (None, None)
@@ -113,6 +120,11 @@ def _run_here(runs, benchmark, scale, out, device, deadline, stop, options) -> l
         if (left is not None and left <= 0) or (stop is not None and stop()):
             results.append(_stub(run, "pending"))
             continue
+        if not options["fresh"]:
+            record = _recorded(run, out, options["monitor_every"], options["checkpoints"])
+            if record:
+                results.append(_found(run | {"record": record}))
+                continue
         if loaded[0] != run["seed"]:
             loaded = None, None  # before loading: two data sets may not fit on the device
             loaded = run["seed"], benchmark.load(benchmark.scale(scale), device, run["seed"])
@@ -158,7 +170,7 @@ def _start(run, folder, number, *arguments):
                                    stderr=file, env=environment, start_new_session=True)
     return process, report, errors
 
-# %% ../nbs/35_run.ipynb #d32159d7
+# %% ../nbs/35_run.ipynb #9a913d6e
 def _run_jobs(runs, jobs, benchmark, scale, out, device, deadline, stop, options) -> list[dict]:
     "Train the pending runs in processes of their own, `jobs` at a time."
     results = {i: _found(run) for i, run in enumerate(runs) if run["record"]}
@@ -192,12 +204,13 @@ def _collect(run, out, process, report, errors) -> dict:
     "What a finished process did."
     if not report.exists():
         end = f"{run['method']} seed {run['seed']} ended with {process.returncode}"
-        raise RuntimeError(f"{end}:\n{errors.read_text()[-2000:]}")
+        kind = FileNotFoundError if process.returncode == 2 else RuntimeError  # 2: it said what was missing
+        raise kind(f"{end}:\n{errors.read_text()[-2000:]}".rstrip())
     done = json.loads(report.read_text())
     record = find_record(run["config"], out) if done["state"] in ("finished", "diverged", "failed") else None
     return (record or {}) | done
 
-# %% ../nbs/35_run.ipynb #e5c70055
+# %% ../nbs/35_run.ipynb #1dac2966
 def run_all(
     benchmark,  # a Benchmark, or its name
     methods,  # names of the registry, and "STL"
@@ -206,7 +219,7 @@ def run_all(
     out=None,  # folder of records; `runs_folder(scale)` if None
     budget=None,  # a duration for all of it, like "25m"; None: no limit
     device=None,  # None: cuda where there is one and the scale is gpu or paper
-    jobs: int = 1,  # processes
+    jobs: int = 1,  # processes; from 2 on each run has one of its own, with one thread
     fresh: bool = False,  # run again what is done
     hyper: dict | None = None,  # {"beta": 0.1} or {"DB-MTL": {"beta": 0.1}}
     monitor_every: int = 0,
@@ -216,6 +229,7 @@ def run_all(
     stop=None,  # () -> bool
 ) -> list[dict]:
     "The records of methods times seeds: found, or trained within the time."
+    if jobs < 1: raise ValueError(f"jobs must be 1 or more, not {jobs!r}")
     deadline = None if budget is None else time.monotonic() + parse_duration(budget)
     benchmark, methods = get_benchmark(benchmark), [methods] if isinstance(methods, str) else list(methods)
     if device is None: device = "cuda" if scale in ("gpu", "paper") and torch.cuda.is_available() else "cpu"
@@ -224,7 +238,7 @@ def run_all(
     runs = plan(benchmark, methods, seeds, scale, out, hyper, fresh, monitor_every, checkpoints)
     options = {"checkpoints": checkpoints, "checkpoint_seconds": checkpoint_seconds,
                "monitor_every": monitor_every, "fresh": fresh}
-    if jobs < 2 or sum(run["record"] is None for run in runs) < 2:
+    if jobs < 2 or all(run["record"] for run in runs):
         return _run_here(runs, benchmark, scale, out, device, deadline, stop, options | {"progress": progress})
     if not benchmark_module(benchmark.name):
         raise ValueError(f"jobs={jobs}: processes find a benchmark by its name, and {benchmark.name!r} is in no table")
@@ -256,7 +270,7 @@ def parse_hyper(
         (hyper.setdefault(method, {}) if found else hyper)[key] = value
     return hyper
 
-# %% ../nbs/35_run.ipynb #e81373e4
+# %% ../nbs/35_run.ipynb #c24bcf39
 def _parser() -> argparse.ArgumentParser:
     "The options of `python -m dbmtl.run`."
     parser = argparse.ArgumentParser(prog="python -m dbmtl.run", description=main.__doc__)
@@ -267,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--scale", default="smoke", help="smoke, cpu, gpu or paper")
     option("--budget", type=_argument(parse_duration), help="stop at a checkpoint after this time: 90s, 25m, 1h30m")
     option("--out", help="folder of the records (figures/runs, or out/smoke/runs at smoke scale)")
-    option("--jobs", type=int, default=1, help="processes, each with one thread")
+    option("--jobs", type=_argument(_processes), default=1, help="processes; from 2 on each has one thread")
     option("--device", help="cpu or cuda")
     option("--checkpoints", help="folder of the checkpoints (OUT/checkpoints)")
     option("--checkpoint-seconds", type=float, default=60.0, help="time between two checkpoints")
@@ -277,6 +291,11 @@ def _parser() -> argparse.ArgumentParser:
     option("--report", help=argparse.SUPPRESS)
     option("--parent", type=int, help=argparse.SUPPRESS)
     return parser
+
+
+def _processes(text) -> int:
+    if not text.isdecimal() or int(text) < 1: raise ValueError(f"jobs must be 1 or more, not {text!r}")
+    return int(text)
 
 
 def _argument(parse):
@@ -299,8 +318,8 @@ def _until_signal(parent=None):
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
 
-# %% ../nbs/35_run.ipynb #58727a53
-def main(argv=None) -> int:  # 0; 1 if a method failed; 130 after Ctrl-C
+# %% ../nbs/35_run.ipynb #f98e7c90
+def main(argv=None) -> int:  # 0; 1 if a method failed; 2 for wrong options or missing data; 130 after Ctrl-C
     "Train the pending runs of a benchmark within the time given, and say what there is."
     parser = _parser()
     given = parser.parse_args(argv)
@@ -310,11 +329,14 @@ def main(argv=None) -> int:  # 0; 1 if a method failed; 130 after Ctrl-C
             methods, seeds = given.methods.split(","), [int(seed) for seed in given.seeds.split(",")]
             hyper = parse_hyper(given.hyper)
             check_names(given.benchmark, methods, given.scale, hyper, given.device or "cpu")
+            benchmark = get_benchmark(given.benchmark)
+            if benchmark.data_hash: benchmark.data_hash(benchmark.scale(given.scale), seeds[0])  # refuses damaged files
         except (ValueError, RuntimeError) as error: parser.error(str(error))
         own = {"methods", "seeds", "hyper", "report", "parent"}
         options = {name: value for name, value in vars(given).items() if name not in own}
-        records = run_all(**options, methods=methods, seeds=seeds, hyper=hyper,
-                          stop=stop, progress=False if given.parent else None)
+        try: records = run_all(**options, methods=methods, seeds=seeds, hyper=hyper,
+                               stop=stop, progress=False if given.parent else None)
+        except (FileNotFoundError, ImportError) as error: parser.exit(2, f"{parser.prog}: error: {error}\n")
         stopped = stop()
     if given.report:
         keys = ("config", "state", "reason", "step", "steps", "steps_now", "status")

@@ -131,7 +131,7 @@ ERRORS = {
     "too many": (db_mtl, lambda losses, b: [*losses, losses[0]], ValueError, "expected 3 losses, got 4"),
     "none": (db_mtl, lambda losses, b: [], ValueError, "expected 3 losses, got 0"),
     "matrix": (db_mtl, lambda losses, b: torch.stack(losses)[None], ValueError, r"shape \[T\], got \[1, 3\]"),
-    "no scalar": (db_mtl, last(lambda loss: loss.expand(2)), ValueError, r"loss 'edge' must be a scalar, got shape \[2\]"),
+    "no scalar": (db_mtl, last(lambda loss: loss.expand(2)), ValueError, r"'edge' must be a scalar, got shape \[2\]"),
     "a number": (db_mtl, last(lambda loss: 0.5), (TypeError, ValueError), "loss 'edge' must be a tensor, got 0.5"),
     "detached": (db_mtl, detached, ValueError, "loss 'normal' does not require grad"),
     "misses shared": (db_mtl, past_the_trunk, ValueError, "the loss of task 'normal' does not reach any shared"),

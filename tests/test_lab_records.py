@@ -34,6 +34,7 @@ from dbmtl.records import (
     write_atomically,
     write_record,
 )
+from dbmtl.train import train
 
 
 def made(method="EW", seed=0, state="finished", data="d", **more):
@@ -334,3 +335,29 @@ def test_selected_refuses_an_unknown_protocol_and_an_unfinished_run():
         selected(FLOORED, "worst")
     with pytest.raises(ValueError, match="diverged"):
         selected({"selected": {}, "state": "diverged"})
+
+
+def test_a_configuration_keeps_all_its_digits(tmp_path):
+    record = made("DB-MTL", hyper={"beta": 1 / 3}, extra=1 / 3)
+    again = read_record(write_record(record, tmp_path))
+    assert again["config"]["hyper"]["beta"] == 1 / 3 and again["extra"] == 0.333333
+    assert find_record(record["config"], tmp_path) == again
+
+
+def test_a_trained_run_with_a_third_is_found_again(tmp_path):
+    first = train("toy", "DB-MTL", out=tmp_path, hyper={"beta": 1 / 3})
+    assert read_record(next(tmp_path.glob("*.json")))["curves"] == first["curves"]
+
+
+def test_monitors_are_thinned_to_one_look_before_giving_up():
+    wide = {"steps": list(range(16)), "norms": {str(t): [0.1234] * 16 for t in range(1000)}}
+    small = thin(made(monitors=wide))
+    assert small["monitors"]["steps"][0] == 0 and len(small["monitors"]["steps"]) < 16
+    with pytest.raises(ValueError, match="even when thinned"):
+        thin(made(monitors={"steps": [0], "norms": {str(t): [0.1234] for t in range(10_000)}}))
+
+
+def test_a_new_benchmark_leaves_the_fingerprint_of_others_alone():
+    found, folder = [name for name in code_modules("toy", "EW") if name != "repr"], Path(records.__file__).parent
+    sources = {name: (folder / f"{name.removeprefix('dbmtl.')}.py").read_text() for name in found}
+    assert "dbmtl.benchmark" in sources and not [name for name, text in sources.items() if "dbmtl.qm9:" in text]

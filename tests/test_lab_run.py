@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from dbmtl import run as lab
+from dbmtl.balancer import Balancer
 from dbmtl.benchmark import toy
 from dbmtl.records import read_records
 from dbmtl.run import check_names, hyper_of, main, parse_duration, parse_hyper, plan, run_all, run_table
@@ -20,6 +21,10 @@ from dbmtl.train import train
 
 def statuses(records):
     return [r["status"] for r in records]
+
+
+def no_convergence(balancer, losses):
+    raise RuntimeError("no convergence")
 
 
 def command(*arguments):
@@ -33,7 +38,7 @@ def test_durations(text, seconds):
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "m", "25 minutes", "-5s", "0", "1d", "1.2.3s", "s"])
+@pytest.mark.parametrize("text", ["", "m", "25 minutes", "-5s", "0", "1d", "1.2.3s", "s", "1h30", "2m5"])
 def test_bad_durations(text):
     with pytest.raises(ValueError, match="like 90s, 25m or 1h30m"):
         parse_duration(text)
@@ -108,11 +113,9 @@ def test_a_benchmark_that_knows_its_hash_notices_other_data(tmp_path):
 
 
 def test_failed_runs_are_tried_again_after_the_code_changed(tmp_path, monkeypatch):
-    def solver(prediction, target):
-        raise RuntimeError("no convergence")
-
-    broken = replace(toy, tasks=(replace(toy.tasks[0], loss=solver), *toy.tasks[1:]))
-    assert statuses(run_all(broken, ["EW"], out=tmp_path)) == ["failed"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Balancer, "backward", no_convergence)
+        assert statuses(run_all("toy", ["EW"], out=tmp_path)) == ["failed"]
     assert statuses(run_all("toy", ["EW"], out=tmp_path)) == ["already there"]
     monkeypatch.setattr(lab, "is_stale", lambda record: True)
     assert statuses(run_all("toy", ["EW"], out=tmp_path)) == ["done now"]
@@ -208,6 +211,56 @@ def test_jobs_need_a_benchmark_that_has_a_name(tmp_path):
         run_all(replace(toy, name="mine"), ["EW", "STL"], out=tmp_path, jobs=2)
 
 
+def test_one_pending_run_gets_a_process_too(tmp_path):
+    assert statuses(run_all("toy", ["EW"], out=tmp_path, jobs=2)) == ["done now"]
+    assert read_records(tmp_path)[0]["threads"] == 1
+    with pytest.raises(ValueError, match="is in no table"):
+        run_all(replace(toy, name="mine"), ["EW"], out=tmp_path, jobs=2)
+
+
+def test_no_processes_are_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match="jobs must be 1 or more, not 0"):
+        run_all("toy", ["EW"], out=tmp_path, jobs=0)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--benchmark", "toy", "--methods", "EW", "--jobs", "0", "--out", str(tmp_path)])
+    assert "jobs must be 1 or more" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_not_done_again(tmp_path):
+    def load(*arguments):
+        run_all("toy", ["STL"], out=tmp_path)  # another process, while the first run of this one is prepared
+        return toy.load(*arguments)
+
+    slow = replace(toy, load=load)
+    records = run_all(slow, ["EW", "STL"], out=tmp_path)
+    assert statuses(records) == ["done now", "already there"] and records[1]["steps_now"] == 0
+    assert statuses(run_all(slow, ["STL"], out=tmp_path, fresh=True)) == ["done now"]
+
+
+@pytest.mark.parametrize("left", ["", ".previous", ".new"])
+def test_what_is_left_of_a_checkpoint_makes_a_run_pending(tmp_path, left):
+    record = run_all("toy", ["EW"], out=tmp_path)[0]
+    (tmp_path / "checkpoints" / f"{record['identity']}.pt{left}").write_bytes(b"")
+    assert plan("toy", ["EW"], [0], "smoke", tmp_path)[0]["record"] is None
+
+
+def test_a_composition_that_cannot_be_says_why(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--benchmark", "toy", "--methods", "DB-MTL+log", "--out", str(tmp_path)])
+    assert "DB-MTL has a loss transform already" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="did you mean 'DB-MTL'"):
+        check_names("toy", ["DBMTL+log"], "smoke")
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_missing_data_are_told_without_a_traceback(tmp_path, jobs):
+    program = command("--benchmark", "qm9", "--methods", "EW", "--scale", "gpu", "--device", "cpu", "--jobs", jobs)
+    program, elsewhere = [*program, "--out", str(tmp_path)], os.environ | {"DBMTL_DATA": str(tmp_path)}
+    done = subprocess.run(program, env=elsewhere, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("python -m dbmtl.run: error: ") and f"QM9 is not in {tmp_path}" in done.stderr
+
+
 def test_a_run_that_another_process_works_on_is_left_alone(tmp_path):
     found = []
 
@@ -289,10 +342,6 @@ def test_the_command_prints_a_table_and_writes_records(tmp_path, capsys):
 
 
 def test_a_failed_run_is_told_by_the_exit_code(tmp_path, capsys, monkeypatch):
-    def solver(prediction, target):
-        raise RuntimeError("no convergence")
-
-    broken = replace(toy, tasks=(replace(toy.tasks[0], loss=solver), *toy.tasks[1:]))
-    monkeypatch.setattr(lab, "get_benchmark", lambda name: broken)
+    monkeypatch.setattr(Balancer, "backward", no_convergence)
     assert main(["--benchmark", "toy", "--methods", "EW", "--out", str(tmp_path)]) == 1
     assert "RuntimeError: no convergence" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The training loop: one route for all methods, and runs that can be killed anywhere."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from dbmtl import train as lab
+from dbmtl.balancer import Balancer
 from dbmtl.benchmark import get_benchmark, toy, toy_multi
 from dbmtl.records import read_records, selected
 from dbmtl.task_gradients import task_gradients
@@ -510,13 +512,53 @@ def test_a_metric_that_is_not_finite_is_divergence(tmp_path, monkeypatch):
     assert record["state"] == "diverged" and "unit MAE is nan at the end of epoch 1" in record["reason"]
 
 
-def test_a_solver_that_raises_is_a_failed_run_and_a_bug_is_not(tmp_path):
-    record = train(broken(RuntimeError("no convergence")), "EW", out=tmp_path)
+def raising(monkeypatch, error):
+    """From its fourth step on, equal weighting raises."""
+    plain, calls = Balancer.backward, []
+
+    def backward(balancer, losses):
+        calls.append(None)
+        if len(calls) > 3:
+            raise error
+        return plain(balancer, losses)
+
+    monkeypatch.setattr(Balancer, "backward", backward)
+
+
+def test_a_solver_that_raises_is_a_failed_run(tmp_path, monkeypatch):
+    raising(monkeypatch, RuntimeError("no convergence"))
+    record = train(toy, "EW", out=tmp_path)
     assert (record["state"], record["reason"], record["step"]) == ("failed", "RuntimeError: no convergence", 3)
-    with pytest.raises(AttributeError):
-        train(broken(AttributeError("a bug")), "EW", out=tmp_path)
-    with pytest.raises(torch.OutOfMemoryError):
-        train(broken(torch.OutOfMemoryError("full")), "EW", out=tmp_path)
+
+
+def test_a_floating_point_error_of_a_solver_is_divergence(tmp_path, monkeypatch):
+    raising(monkeypatch, FloatingPointError("overflow in the solver"))
+    record = train(toy, "EW", out=tmp_path)
+    assert (record["state"], record["reason"], record["step"]) == ("diverged", "overflow in the solver", 3)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AttributeError("a bug"),
+        torch.OutOfMemoryError("full"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
+def test_memory_that_ran_out_in_the_balancer_is_no_result(tmp_path, monkeypatch, error):
+    raising(monkeypatch, error)
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        train(toy, "EW", out=tmp_path, checkpoint_steps=2)
+    assert not list(tmp_path.glob("*.json")) and len(list(tmp_path.glob("checkpoints/*.pt"))) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug"), ZeroDivisionError("a bug")])
+def test_an_error_outside_the_balancer_passes_on_and_the_run_can_go_on(tmp_path, error):
+    with pytest.raises(type(error), match="a bug"):
+        train(broken(error), "EW", out=tmp_path, checkpoint_steps=2)
+    assert not list(tmp_path.glob("*.json"))
+    assert train(broken(), "EW", out=tmp_path)["steps_now"] == 18 - 2
 
 
 @pytest.mark.cuda

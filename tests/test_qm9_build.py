@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from dbmtl import qm9_build
 from dbmtl.qm9_build import COLUMNS, Record, build, encode, main, read_record, read_wheel, sample_arrays
 from dbmtl.qm9_data import check_file, data_folder, decode, files, paper_split, unpack_integers
 
@@ -67,6 +68,15 @@ def test_qm9_build_from_a_small_wheel(wheel, tmp_path):
     assert build(wheel, tmp_path / "again", by_table).read_bytes() == path.read_bytes()
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="truncated"): check_file(path)
+
+
+def test_qm9_build_that_stops_before_its_record_is_not_taken_for_whole(wheel, tmp_path, monkeypatch):
+    def stop(*arguments): raise KeyboardInterrupt
+
+    monkeypatch.setattr(qm9_build, "write_atomically", stop)
+    with pytest.raises(KeyboardInterrupt): build(wheel, tmp_path / "qm9", by_table)
+    assert [p.name for p in (tmp_path / "qm9").iterdir()] == ["qm9.npz"]
+    with pytest.raises(ValueError, match="not the expected file"): check_file(tmp_path / "qm9" / "qm9.npz")
 
 
 def test_qm9_build_perceives_bonds(wheel, tmp_path):

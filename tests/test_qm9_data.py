@@ -250,3 +250,42 @@ def test_qm9_decode_needs_no_sample_keys():
     scaled = decode(arrays).position
     del arrays["step"]
     assert_close(decode(arrays).position * 10, scaled)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "null"])
+def test_qm9_damaged_record_of_a_build_is_named(tmp_path, monkeypatch, content):
+    path = tmp_path / "qm9.npz"
+    path.write_bytes(b"data")
+    path.with_suffix(".json").write_text(content)
+    with pytest.raises(ValueError, match="qm9.json, the build's record of qm9.npz, is damaged: delete both") as error:
+        load_qm9(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    digest = hashlib.sha256(b"data").hexdigest()
+    monkeypatch.setattr(qm9_data, "KNOWN_FILES", {digest: "known"})
+    assert check_file(path) == digest, "a known file needs no record"
+
+
+def test_qm9_built_file_of_another_size_is_refused(tmp_path):
+    whole = qm9_data.files("dbmtl").joinpath("assets/qm9_sample.npz").read_bytes()
+    path = tmp_path / "qm9.npz"
+    path.write_bytes(whole)
+    path.with_suffix(".json").write_text(json.dumps({"sha256": hashlib.sha256(whole).hexdigest()}))
+    with pytest.raises(ValueError, match="holds 7000 molecules, not 130,831"):
+        load_qm9(tmp_path)
+
+
+def test_qm9_finds_torch_geometrics_folder_under_dbmtl_data(geometric_folder, tmp_path, monkeypatch):
+    folder, chosen = geometric_folder
+    monkeypatch.setenv("DBMTL_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(qm9_data, "MOLECULES", 40)
+    (tmp_path / "data" / "qm9").mkdir(parents=True)
+    (folder / "processed").rename(tmp_path / "data" / "qm9" / "processed")
+    assert len(load_qm9().molecules) == 40
+
+
+def test_qm9_of_another_torch_geometric_is_named(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "processed").mkdir()
+    (tmp_path / "processed" / "data_v2.pt").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="data_v2.pt of another torch-geometric.*makes processed/data_v3.pt"):
+        load_qm9(tmp_path)

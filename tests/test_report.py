@@ -179,10 +179,12 @@ def test_report_draws_the_best_scale_that_can_be_compared(tmp_path):
     stored(tmp_path, "STL")
     assert records_to_draw("toy", made, folder=tmp_path) == ("smoke", made), "a baseline alone is no table"
     stored(tmp_path, "EW")
+    assert records_to_draw("toy", made, folder=tmp_path) == ("smoke", made), "nor is one method beside it"
+    stored(tmp_path, "loss-only")
     stored(tmp_path, "DB-MTL", hyper={"beta": 0.1})
     stored(tmp_path, "DB-MTL", sizes={"epochs": 41})
     scale, records = records_to_draw("toy", made, folder=tmp_path)
-    assert scale == "cpu" and [r["config"]["method"] for r in records] == ["EW", "STL"]
+    assert scale == "cpu" and [r["config"]["method"] for r in records] == ["EW", "STL", "loss-only"]
 
 
 def test_report_draws_paper_scale_before_cpu(tmp_path):
@@ -191,7 +193,7 @@ def test_report_draws_paper_scale_before_cpu(tmp_path):
     toy = get_benchmark("toy")
     both = replace(toy, scales=toy.scales | {"paper": toy.scales["cpu"]})
     for scale in ("cpu", "paper"):
-        for method in ("STL", "EW"):
+        for method in ("STL", "EW", "loss-only"):
             stored(tmp_path, method, scale=scale)
     assert records_to_draw(both, [], folder=tmp_path)[0] == "paper"
 
@@ -258,3 +260,15 @@ def test_report_bars_mark_what_is_missing():
     ax = seed_bars(axes["a"], {"EW": {0: -1.0, 1: -3.0}}, ["EW", "DB-MTL"], {"DB-MTL": "not run"})
     assert [bar.get_height() for bar in ax.patches] == [-2.0]
     assert [text.get_text() for text in ax.texts] == ["not run"]
+
+
+def test_report_compares_notes_over_all_seeds_and_hashes_within_one():
+    def made(method, seed, digest, note):
+        return record(method, seed) | {"data": {"hash": digest, "note": note}}
+
+    group_records([made("EW", 0, "a", "generated"), made("EW", 1, "b", "generated"), made("STL", 1, "b", "generated")])
+    with pytest.raises(ValueError, match="its data differ"):
+        group_records([made("EW", 0, "a", "generated"), made("EW", 1, "b", "sample of 7,000 molecules")])
+    pending = {"config": record("EW", 0)["config"], "state": "pending"}
+    with pytest.raises(ValueError, match="its data differ"):
+        group_records([pending, made("STL", 0, "a", "generated"), made("DB-MTL", 0, "b", "generated")])
