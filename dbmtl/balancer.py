@@ -49,7 +49,7 @@ class Held:
             yield ([row[i] * times if i in row else torch.zeros_like(shared[i]) for i in where],
                    {p: g * of_heads for p, g in heads.items()})
 
-# %% ../nbs/07_balancer.ipynb #569e4f24
+# %% ../nbs/07_balancer.ipynb #ba4b33bb
 class Bookkeeping:
     "State, description and learned scales of a balancer."
 
@@ -70,7 +70,7 @@ class Bookkeeping:
         "Go on where another balancer of the same method and shared parameters stopped."
         here = {"num_tasks": self.num_tasks, "shapes": [list(p.shape) for p in self.shared], "method": self._method()}
         for key, value in here.items():
-            if state[key] != value: raise ValueError(f"state of another balancer: {key} is {state[key]}, here {value}")
+            if state.get(key) != value: raise ValueError(f"state of another balancer: {key} is {state.get(key)}, here {value}")
         self.step, self._names = copy.deepcopy(state["step"]), state["names"]
         self.skipped = state["skipped"].to(self.skipped.device, copy=True)
         self.transform.load_state_dict(state["transform"])
@@ -93,9 +93,11 @@ class Bookkeeping:
         (names, reached), inside = self._partition, set(self.shared)
         lines.append(_count("shared, but reached by no loss", [p for p in self.shared if p not in reached]))
         for mask in sorted(set(reached.values())):
-            mine = [p for p, m in reached.items() if m == mask and p not in inside]
+            mine = [p for p, m in reached.items() if m == mask]
             tasks = ", ".join(str(name) for t, name in enumerate(names) if mask >> t & 1)
-            if mine: lines.append(_count(f"outside shared, reached by {tasks}", mine))
+            heads, lonely = [p for p in mine if p not in inside], [p for p in mine if p in inside and "," not in tasks]
+            if heads: lines.append(_count(f"outside shared, reached by {tasks}", heads))
+            if lonely and len(names) > 1: lines.append(_count(f"in shared, but reached by {tasks} alone", lonely))
         return "\n".join(lines)
 
     def discard(self):
@@ -250,7 +252,7 @@ class _Step(_Checked):
         self._held = None
         self._done(self._names, slope, weights, of_scales, factor)
 
-# %% ../nbs/07_balancer.ipynb #be3faa2d
+# %% ../nbs/07_balancer.ipynb #db70d14f
 class Balancer(_Step):
     "Balances T tasks: a loss transform, an optional moving average, and a gradient aggregator."
 
@@ -266,7 +268,7 @@ class Balancer(_Step):
         check: str = "now",  # losses checked "now" (one host read a step), "later" (see `verify`) or "off"
         model: nn.Module | None = None,  # only to name parameters in warnings
     ):
-        if num_tasks < 1: raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
+        if type(num_tasks) is not int or num_tasks < 1: raise ValueError(f"num_tasks must be a whole number from 1, got {num_tasks!r}")
         for name, value, known in (("grads", grads, ("loop", "split", "batched")), ("check", check, ("now", "later", "off"))):
             if value not in known: raise ValueError(f"{name} must be one of {known}, got {value!r}")
         self.shared = _parameters(shared)

@@ -258,7 +258,7 @@ def records_to_draw(
 def _as_now(record, benchmark, scale):
     return record["config"] == configuration(benchmark, record["config"]["method"], record["config"]["seed"], scale)
 
-# %% ../nbs/36_report.ipynb #279daf60
+# %% ../nbs/36_report.ipynb #8df81c1a
 def describe_runs(records: list[dict]) -> str:
     "Scale, sizes, steps, device and seeds of some runs in one line; raises ValueError for none."
     if not records: raise ValueError("records is empty: there are no runs to describe")
@@ -274,7 +274,7 @@ def describe_runs(records: list[dict]) -> str:
         ", ".join(sorted({r["data"]["note"] for r in records if r.get("data", {}).get("note")})),
         " and ".join(sorted({record.get("device", "no device") for record in records})),
         f"{_span(seeds)} seed{'s' * (seeds != [1])} a method",
-        f"older code: {', '.join(stale)}" if stale else ""]))
+        f"older code: {'all' if set(stale) == set(counts) else ', '.join(stale)}" if stale else ""]))
 
 
 def _span(values):

@@ -270,15 +270,15 @@ def parse_hyper(
         (hyper.setdefault(method, {}) if found else hyper)[key] = value
     return hyper
 
-# %% ../nbs/35_run.ipynb #c24bcf39
+# %% ../nbs/35_run.ipynb #05f077a5
 def _parser() -> argparse.ArgumentParser:
     "The options of `python -m dbmtl.run`."
     parser = argparse.ArgumentParser(prog="python -m dbmtl.run", description=main.__doc__)
     option = parser.add_argument
     option("--benchmark", required=True, help=f"one of {', '.join(benchmark_names())}")
-    option("--methods", required=True, help="names separated by commas, STL among them")
-    option("--seeds", default="0", help="numbers separated by commas")
-    option("--scale", default="smoke", help="smoke, cpu, gpu or paper")
+    option("--methods", required=True, help=f"names separated by commas: STL, {', '.join(method_names())}")
+    option("--seeds", default="0", help="numbers separated by commas (default: 0)")
+    option("--scale", default="smoke", help="of the benchmark: smoke (the default), cpu, gpu or paper")
     option("--budget", type=_argument(parse_duration), help="stop at a checkpoint after this time: 90s, 25m, 1h30m")
     option("--out", help="folder of the records (figures/runs, or out/smoke/runs at smoke scale)")
     option("--jobs", type=_argument(_processes), default=1, help="processes; from 2 on each has one thread")
@@ -318,7 +318,7 @@ def _until_signal(parent=None):
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
 
-# %% ../nbs/35_run.ipynb #f98e7c90
+# %% ../nbs/35_run.ipynb #f64316e1
 def main(argv=None) -> int:  # 0; 1 if a method failed; 2 for wrong options or missing data; 130 after Ctrl-C
     "Train the pending runs of a benchmark within the time given, and say what there is."
     parser = _parser()
@@ -341,7 +341,7 @@ def main(argv=None) -> int:  # 0; 1 if a method failed; 2 for wrong options or m
     if given.report:
         keys = ("config", "state", "reason", "step", "steps", "steps_now", "status")
         write_atomically(given.report, json.dumps({k: records[0][k] for k in keys if k in records[0]}).encode())
-    print(run_table(records))
+    print(run_table(records), given.out or runs_folder(given.scale), sep="\n")
     return 130 if stopped else int(any(r["state"] == "failed" for r in records))
 
 # %% ../nbs/35_run.ipynb #7ec99ddf

@@ -391,7 +391,7 @@ def _columns(rows):
     if isinstance(rows[0], dict): return {key: _columns([row[key] for row in rows]) for key in rows[0]}
     return rows
 
-# %% ../nbs/34_train.ipynb #7c59fc32
+# %% ../nbs/34_train.ipynb #f774b4dc
 @contextlib.contextmanager
 def _alone(path):
     "Hold a run's lock; raises BlockingIOError where another process has it."
@@ -411,7 +411,8 @@ def _alone(path):
 def _progress(run, shown):
     "A bar on the terminal, where there is one or it is asked for."
     if not (sys.stderr.isatty() if shown is None else shown): return contextlib.nullcontext()
-    from tqdm import tqdm
+    try: from tqdm import tqdm
+    except ImportError: return contextlib.nullcontext()  # the bar is an extra, the run is not
     name = f"{run.config['benchmark']} {run.method} seed {run.seed}"
     return tqdm(total=run.steps, initial=run.step, desc=name, unit="step", file=sys.stderr, dynamic_ncols=True)
 

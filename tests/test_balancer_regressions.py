@@ -138,3 +138,21 @@ def test_an_input_that_asks_for_gradients_is_no_forgotten_layer():
     z = model["trunk"](x)
     DBMTL(shared=model["trunk"], num_tasks=2).backward([model[n](z).square().sum() for n in "ab"])
     assert x.grad is not None
+
+
+def test_describe_tells_of_a_whole_model_given_as_shared():
+    model = net()
+    balancer = DBMTL(shared=model, num_tasks=2)
+    balancer.backward(losses_of(model))
+    assert "in shared, but reached by a alone: 2 tensors, 5 parameters" in balancer.describe()
+
+
+@pytest.mark.parametrize("number", ["2", 2.0, 0, -1])
+def test_num_tasks_is_a_whole_number_from_one(number):
+    with pytest.raises(ValueError, match="num_tasks must be a whole number from 1, got"):
+        DBMTL(shared=net()["trunk"], num_tasks=number)
+
+
+def test_an_empty_state_is_refused_in_words():
+    with pytest.raises(ValueError, match="state of another balancer: num_tasks is None"):
+        DBMTL(shared=net()["trunk"], num_tasks=2).load_state_dict({})

@@ -573,3 +573,9 @@ def test_a_run_on_cuda_stops_and_resumes(method, tmp_path):
             torch.tensor(rest["curves"]["train"][name]), torch.tensor(whole["curves"]["train"][name]), rtol=1e-3, atol=0
         )
     assert rest["device"].startswith("cuda: ") and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+
+
+def test_a_bar_is_no_condition_of_a_run(tmp_path, monkeypatch):
+    """tqdm is an extra: without it a run on a terminal goes on without a bar."""
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert train("toy", "EW", out=tmp_path, progress=True)["state"] == "finished"
