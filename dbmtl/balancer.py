@@ -252,7 +252,15 @@ class _Step(_Checked):
         self._held = None
         self._done(self._names, slope, weights, of_scales, factor)
 
-# %% ../nbs/07_balancer.ipynb #db70d14f
+# %% ../nbs/07_balancer.ipynb #71898207
+def _check_options(num_tasks, grads, check):
+    "Raise ValueError for what cannot be an option, naming it."
+    if type(num_tasks) is not int or num_tasks < 1:
+        raise ValueError(f"num_tasks must be a whole number from 1, got {num_tasks!r}")
+    for name, value, known in (("grads", grads, ("loop", "split", "batched")), ("check", check, ("now", "later", "off"))):
+        if value not in known: raise ValueError(f"{name} must be one of {known}, got {value!r}")
+
+# %% ../nbs/07_balancer.ipynb #cf1e581e
 class Balancer(_Step):
     "Balances T tasks: a loss transform, an optional moving average, and a gradient aggregator."
 
@@ -268,9 +276,7 @@ class Balancer(_Step):
         check: str = "now",  # losses checked "now" (one host read a step), "later" (see `verify`) or "off"
         model: nn.Module | None = None,  # only to name parameters in warnings
     ):
-        if type(num_tasks) is not int or num_tasks < 1: raise ValueError(f"num_tasks must be a whole number from 1, got {num_tasks!r}")
-        for name, value, known in (("grads", grads, ("loop", "split", "batched")), ("check", check, ("now", "later", "off"))):
-            if value not in known: raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        _check_options(num_tasks, grads, check)
         self.shared = _parameters(shared)
         if not any(p.requires_grad for p in self.shared): raise ValueError("`shared` holds no trainable parameter")
         self.transform, self.aggregator, self.ema = transform, aggregator, ema

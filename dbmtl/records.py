@@ -30,7 +30,7 @@ import torch
 from .benchmark import benchmark_module, get_benchmark, unknown_name
 from .registry import make_balancer
 
-# %% ../nbs/33_records.ipynb #51dea55c
+# %% ../nbs/33_records.ipynb #f5e6d4e7
 def project_root(
     start=None,  # folder to start from; the working directory if None
 ) -> Path:
@@ -41,7 +41,7 @@ def project_root(
         settings = folder / "settings.ini"
         if settings.is_file() and "lib_name = dbmtl" in settings.read_text(): return folder
     raise FileNotFoundError(
-        f"no settings.ini of dbmtl in {start} or above: run inside the project, or give a folder (--out, DBMTL_OUT)")
+        f"no settings.ini of dbmtl in {start} or above: run inside the project, give --out, or set DBMTL_OUT")
 
 # %% ../nbs/33_records.ipynb #a6590248
 def runs_folder(scale: str) -> Path:
