@@ -49,7 +49,7 @@ class Held:
             yield ([row[i] * times if i in row else torch.zeros_like(shared[i]) for i in where],
                    {p: g * of_heads for p, g in heads.items()})
 
-# %% ../nbs/07_balancer.ipynb #ba4b33bb
+# %% ../nbs/07_balancer.ipynb #6f776710
 class Bookkeeping:
     "State, description and learned scales of a balancer."
 
@@ -61,15 +61,14 @@ class Bookkeeping:
     def state_dict(self) -> dict:
         "Everything that the next step depends on."
         if self._held: raise RuntimeError("state_dict() between accumulate() and backward(): finish the step first")
-        return {"num_tasks": self.num_tasks, "shapes": [list(p.shape) for p in self.shared], "method": self._method(),
-                "step": copy.deepcopy(self.step), "names": self._names, "skipped": self.skipped.clone(),
-                "transform": self.transform.state_dict(), "aggregator": self.aggregator.state_dict(),
-                "ema": {t: {i: g.clone() for i, g in r.items()} for t, r in self.ema.rows.items()} if self.ema else None}
+        return self._identity() | {
+            "step": copy.deepcopy(self.step), "names": self._names, "skipped": self.skipped.clone(),
+            "transform": self.transform.state_dict(), "aggregator": self.aggregator.state_dict(),
+            "ema": {t: {i: g.clone() for i, g in r.items()} for t, r in self.ema.rows.items()} if self.ema else None}
 
     def load_state_dict(self, state: dict):
         "Go on where another balancer of the same method and shared parameters stopped."
-        here = {"num_tasks": self.num_tasks, "shapes": [list(p.shape) for p in self.shared], "method": self._method()}
-        for key, value in here.items():
+        for key, value in self._identity().items():
             if state.get(key) != value: raise ValueError(f"state of another balancer: {key} is {state.get(key)}, here {value}")
         self.step, self._names = copy.deepcopy(state["step"]), state["names"]
         self.skipped = state["skipped"].to(self.skipped.device, copy=True)
@@ -95,14 +94,18 @@ class Bookkeeping:
         for mask in sorted(set(reached.values())):
             mine = [p for p, m in reached.items() if m == mask]
             tasks = ", ".join(str(name) for t, name in enumerate(names) if mask >> t & 1)
-            heads, lonely = [p for p in mine if p not in inside], [p for p in mine if p in inside and "," not in tasks]
+            heads, common = [p for p in mine if p not in inside], [p for p in mine if p in inside]
             if heads: lines.append(_count(f"outside shared, reached by {tasks}", heads))
-            if lonely and len(names) > 1: lines.append(_count(f"in shared, but reached by {tasks} alone", lonely))
+            if common and len(names) > 1 and not mask & (mask - 1):
+                lines.append(_count(f"in shared, but reached by {tasks} alone", common))
         return "\n".join(lines)
 
     def discard(self):
         "Drop the micro-batches that `accumulate` holds, say after an error in the middle of a batch."
         self._held = None
+
+    def _identity(self) -> dict:
+        return {"num_tasks": self.num_tasks, "shapes": [list(p.shape) for p in self.shared], "method": self._method()}
 
     def _method(self) -> str:
         return f"{self.transform}, {self.aggregator}, num_tasks={self.num_tasks}, ema={self.ema}"

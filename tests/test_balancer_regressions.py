@@ -156,3 +156,11 @@ def test_num_tasks_is_a_whole_number_from_one(number):
 def test_an_empty_state_is_refused_in_words():
     with pytest.raises(ValueError, match="state of another balancer: num_tasks is None"):
         DBMTL(shared=net()["trunk"], num_tasks=2).load_state_dict({})
+
+
+def test_describe_counts_tasks_and_not_commas():
+    model = net()
+    balancer = DBMTL(shared=model, num_tasks=2)
+    losses = losses_of(model)
+    balancer.backward({"depth, in meters": losses["a"], "b": losses["b"]})
+    assert "in shared, but reached by depth, in meters alone: 2 tensors, 5 parameters" in balancer.describe()
