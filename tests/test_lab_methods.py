@@ -1,5 +1,6 @@
 """What methods ask of the loop beyond losses: a second look, epochs, three batches, features, another optimizer."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -109,17 +110,17 @@ def advanced(run, steps):
 def test_the_second_look_is_at_the_same_batch_after_the_step_in_train_mode(method, benchmark, monkeypatch):
     plain, calls, modes = lab.task_losses, [], []
 
-    def spy(model, tasks, train, batches):
-        calls.append(batches)
+    def spy(model, tasks, samples):
+        calls.append(samples)
         modes.append((model.training, torch.is_grad_enabled()))
-        return plain(model, tasks, train, batches)
+        return plain(model, tasks, samples)
 
     method(Look)
     monkeypatch.setattr(lab, "task_losses", spy)
     run = advanced(started(replace(benchmark, network=without_dropout(benchmark))), 3)
     assert [a is b for a, b in zip(calls[::2], calls[1::2], strict=True)] == [True] * 3
     assert modes == [(True, True), (True, False)] * 3
-    again = plain(run.loop.model, run.loop.tasks, run.data.train, calls[-1])
+    again = plain(run.loop.model, run.loop.tasks, calls[-1])
     assert_close(run.loop.balancer.transform.memory["seen"][-1], [x.item() for x in again])  # after the step
 
 
@@ -130,6 +131,34 @@ def without_dropout(benchmark):
         return model
 
     return network
+
+
+class Noisy:
+    """A split whose batches are augmented at random."""
+
+    def __init__(self, split):
+        self.split = split
+
+    def __len__(self):
+        return len(self.split)
+
+    def batch(self, index):
+        inputs, targets = self.split.batch(index)
+        return inputs + torch.randn_like(inputs), targets
+
+
+def test_the_second_look_sees_the_augmented_batch(method):
+    method(Look)
+    still = replace(toy, network=without_dropout(toy), optimizer=lambda p, scale: torch.optim.SGD(p, lr=0.0))
+    run = started(still)
+    run.data = replace(run.data, train=Noisy(run.data.train))
+    run.loop.data = run.data
+    first = []
+    for _ in range(3):
+        run.advance()
+        first.append(run.loop.losses.tolist())
+    assert_close(run.loop.balancer.transform.memory["seen"], first)  # nothing moved: the very same losses
+    assert len({row[0] for row in first}) == 3
 
 
 def test_methods_that_do_not_look_again_cost_one_forward(monkeypatch):
@@ -214,7 +243,7 @@ def test_the_balancer_gets_the_three_batches(method):
     before, model = weights(run).clone(), run.loop.model
     rows, heads = [], []
     for order in run.loop.orders:
-        losses = lab.task_losses(model, toy.tasks, run.data.train, {None: order[None][0]})
+        losses = lab.task_losses(model, toy.tasks, lab.draw(run.data.train, {None: order[None][0]}))
         found = [torch.autograd.grad(loss, list(model.trunk.parameters()), retain_graph=True) for loss in losses]
         rows.append(torch.stack([torch.cat([g.flatten() for g in row]) for row in found]))
         heads.append(losses)
@@ -283,7 +312,7 @@ def test_finished_updates_get_plain_sgd(method, tmp_path):
     assert [g["lr"] for g in run.loop.optimizer.param_groups] == [0.1, 1e-4]
     first, second = list(run.loop.model.parameters())[:2]
     before = first.detach().clone(), second.detach().clone()
-    losses = lab.task_losses(run.loop.model, toy.tasks, run.data.train, {None: run.loop.orders[0][None][0]})
+    losses = lab.task_losses(run.loop.model, toy.tasks, lab.draw(run.data.train, {None: run.loop.orders[0][None][0]}))
     g, h = torch.autograd.grad(sum(losses), [first, second])
     run.advance()
     assert_close(first.detach(), before[0] - 0.1 * (g + 0.5 * before[0]), rtol=1e-4, atol=1e-4)
@@ -435,3 +464,43 @@ def test_igbv2_hears_of_a_falling_learning_rate():
     loop.optimizer.param_groups[0]["lr"] = scale.learning_rate / 4
     loop._start_epoch()
     assert loop.balancer.transform.lr_ratio == pytest.approx(4)
+
+
+# ------------------------------------------------------------------------------------------------- loss scaling for fp16
+
+
+def scaled(benchmark=toy):
+    smoke = benchmark.scale("smoke")
+    return replace(benchmark, scales={"smoke": replace(smoke, extra={**smoke.extra, "precision": "fp16"})})
+
+
+@pytest.mark.parametrize("name", ["EW", "DB-MTL", "IMTL-L", "CAGrad"])
+@pytest.mark.parametrize("benchmark", [toy, toy_multi], ids=["toy", "toy-multi"])
+def test_a_power_of_two_as_loss_scale_changes_nothing(benchmark, name):
+    plain, run = advanced(started(benchmark, name), 8), advanced(started(scaled(benchmark), name), 8)
+    assert plain.loop.scaler is None and run.loop.scaler.get_scale() == 65536.0
+    assert_close(weights(run), weights(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_scale_is_in_the_checkpoint():
+    run = advanced(started(scaled()), 2)
+    run.loop.scaler.update(1024.0)
+    other = started(scaled())
+    resume(other, copy.deepcopy(run.state_dict()))
+    assert other.loop.scaler.get_scale() == 1024.0
+    state = torch.get_rng_state()
+    there = weights(advanced(other, 3))
+    torch.set_rng_state(state)  # of dropout
+    assert_close(there, weights(advanced(run, 3)), rtol=0, atol=0)
+
+
+def test_a_step_that_overflows_is_left_out_and_the_scale_halved():
+    run = advanced(started(scaled()), 2)
+    before, steps = weights(run), run.loop.steps
+    hook = next(run.loop.model.trunk.parameters()).register_hook(lambda g: g * float("inf"))
+    advanced(run, 1)
+    hook.remove()
+    assert_close(weights(run), before, rtol=0, atol=0)
+    assert run.loop.scaler.get_scale() == 32768.0 and run.loop.position == 3 and steps > 3
+    advanced(run, 1)
+    assert not torch.equal(weights(run), before)

@@ -195,7 +195,7 @@ def test_monitors_show_raw_gradients(tmp_path):
     record = train(toy, "DB-MTL", out=tmp_path, monitor_every=100)
     data = toy.load(toy.scale("smoke"))
     run = Run(toy, "EW", 0, "smoke", "cpu", None, data)
-    losses = lab.task_losses(run.loop.model, toy.tasks, data.train, {None: run.loop.orders[0][None][0]})
+    losses = lab.task_losses(run.loop.model, toy.tasks, lab.draw(data.train, {None: run.loop.orders[0][None][0]}))
     rows = task_gradients(losses, list(run.loop.model.trunk.parameters())).shared
     flat = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
     found = torch.tensor([column[0] for column in record["monitors"]["norms"].values()])
@@ -499,11 +499,11 @@ def raising(monkeypatch, error):
     """From its fourth step on, equal weighting raises."""
     plain, calls = Balancer.backward, []
 
-    def backward(balancer, losses):
+    def backward(balancer, losses, **options):
         calls.append(None)
         if len(calls) > 3:
             raise error
-        return plain(balancer, losses)
+        return plain(balancer, losses, **options)
 
     monkeypatch.setattr(Balancer, "backward", backward)
 
