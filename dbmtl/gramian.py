@@ -24,16 +24,14 @@ def norms(
     pieces = torch.stack(torch._foreach_norm(flat, 2, _wide(flat)))
     return torch.linalg.vector_norm(pieces.view(len(rows), -1), dim=1)
 
-# %% ../nbs/02_gramian.ipynb #5a5a6e60
-def _products(pieces: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> Tensor:  # [T, T], float64
-    "Inner products of one tensor's gradients; in float64 where float32 would lose or overflow a square."
-    block = torch.stack(pieces).reshape(len(pieces), -1)
-    other = block if others is pieces else torch.stack(others).reshape(len(others), -1)
-    M = (block.to(_wide(pieces)) @ other.to(_wide(pieces)).T).double()
-    if block.dtype == torch.float64 or ((M.abs() > 1e-30) & (M.abs() < 1e38)).all(): return M
-    return block.double() @ other.double().T
+# %% ../nbs/02_gramian.ipynb #dbacd02c
+def _products(pieces: tuple[Tensor, ...], others: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:  # [T, T], float64
+    "Inner products of one tensor's gradients, taken in a dtype."
+    block = torch.stack(pieces).reshape(len(pieces), -1).to(dtype)
+    other = block if others is pieces else torch.stack(others).reshape(len(others), -1).to(dtype)
+    return (block @ other.T).double()
 
-# %% ../nbs/02_gramian.ipynb #f467d7c4
+# %% ../nbs/02_gramian.ipynb #14154d7a
 def tensor_gramians(
     rows: list[list[Tensor]],  # T rows of P tensors
     others: list[list[Tensor]] | None = None,  # T rows of another batch; None: the same
@@ -41,8 +39,12 @@ def tensor_gramians(
     "The inner products of the task gradients, tensor by tensor."
     if not rows or not rows[0]: return torch.zeros(0, len(rows), len(rows), dtype=torch.float64)
     pieces = list(zip(*rows, strict=True))
-    opposite = pieces if others is None else zip(*others, strict=True)
-    return torch.stack([_products(*pair) for pair in zip(pieces, opposite, strict=True)])
+    pairs = list(zip(pieces, pieces if others is None else zip(*others, strict=True), strict=True))
+    M = torch.stack([_products(*pair, _wide(pair[0])) for pair in pairs])
+    safe = ((M.abs() > 1e-30) & (M.abs() < 1e38)).all(dim=(1, 2))
+    for p, is_safe in enumerate(safe.tolist()):
+        if not is_safe and pieces[p][0].dtype != torch.float64: M[p] = _products(*pairs[p], torch.float64)
+    return M
 
 # %% ../nbs/02_gramian.ipynb #6dfce86a
 def gramian(
