@@ -17,7 +17,7 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-SCALES = ["smoke", "cpu", "gpu", "paper"]
+SCALES = ["smoke", "generated", "cpu", "gpu", "gpu-scratch", "paper", "paper-scratch"]
 
 
 def nearest(name, names):
@@ -107,7 +107,7 @@ def run(notebook, parameters, copies):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="ci/reproduce", description="Runs the notebooks and draws the figures.")
-    parser.add_argument("--scale", help="smoke (default: minutes), cpu, gpu or paper")
+    parser.add_argument("--scale", help="smoke (default: minutes), cpu, gpu, paper, or another that the notebook names")
     parser.add_argument("--only", metavar="PATTERN", help="notebooks whose name holds this or fits this glob")
     parser.add_argument("--fresh", action="store_true", help="train again what is recorded already")
     parser.add_argument("-p", dest="parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))

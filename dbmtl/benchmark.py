@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['toy', 'toy_multi', 'unknown_name', 'Metric', 'MeanAbsoluteError', 'Accuracy', 'Task', 'constant_floor', 'Scale',
-           'TensorSplit', 'Data', 'Benchmark', 'toy_samples', 'ToyNetwork', 'load_toy', 'benchmark_names',
-           'get_benchmark', 'benchmark_module']
+           'TensorSplit', 'Data', 'Benchmark', 'adam', 'step_decay', 'toy_samples', 'ToyNetwork', 'load_toy',
+           'benchmark_names', 'get_benchmark', 'benchmark_module']
 
 # %% ../nbs/32_benchmark.ipynb #e91a3a52
 import difflib
@@ -194,6 +194,16 @@ class Benchmark:
         "The sizes by name; raises ValueError with the nearest one."
         if name not in self.scales: raise unknown_name(f"scale of {self.name!r}", name, self.scales)
         return self.scales[name]
+
+# %% ../nbs/32_benchmark.ipynb #c16de6e0
+def adam(parameters, scale: Scale) -> torch.optim.Adam:
+    "Adam with the scale's learning rate, and `weight_decay` where its `extra` has one."
+    return torch.optim.Adam(parameters, lr=scale.learning_rate, weight_decay=scale.extra.get("weight_decay", 0.0))
+
+# %% ../nbs/32_benchmark.ipynb #fc8c1643
+def step_decay(optimizer, scale: Scale) -> torch.optim.lr_scheduler.StepLR:
+    "Multiply the rate by `decay` (a half) after every `decay_every` epochs (100), both of the scale's `extra`."
+    return torch.optim.lr_scheduler.StepLR(optimizer, scale.extra.get("decay_every", 100), scale.extra.get("decay", 0.5))
 
 # %% ../nbs/32_benchmark.ipynb #8fa588ae
 def toy_samples(

@@ -236,16 +236,16 @@ def compared(
     reason = "; ".join(why if len(weights) == 1 else f"{method} {why}" for method, why in reasons.items() if why)
     return {"ours": reason or "no common seed", "paper": paper, "verdict": "not run" if "not run" in reason else "none"}
 
-# %% ../nbs/36_report.ipynb #469c67ce
+# %% ../nbs/36_report.ipynb #1b04ff36
 def records_to_draw(
     benchmark,  # a Benchmark, or its name
     made: list[dict],  # what `run_all` just returned
     baseline: str = "STL",
     folder=None,  # of committed records; `runs_folder` if None
 ) -> tuple[str, list[dict]]:  # scale and records
-    "Records at the first scale of paper, gpu, cpu where the baseline and two more methods are finished, else those made."
+    "Records at the best scale where the baseline and two more methods are finished, else those made."
     benchmark = get_benchmark(benchmark)
-    for scale in ("paper", "gpu", "cpu"):
+    for scale in ("paper", "gpu", "paper-scratch", "gpu-scratch", "cpu", "generated"):  # the best first
         if scale not in benchmark.scales: continue
         place = runs_folder(scale) if folder is None else folder
         found = read_records(place, benchmark=benchmark.name, scale=scale, hyper={})

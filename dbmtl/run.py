@@ -210,7 +210,7 @@ def _collect(run, out, process, report, errors) -> dict:
     record = find_record(run["config"], out) if done["state"] in ("finished", "diverged", "failed") else None
     return (record or {}) | done
 
-# %% ../nbs/35_run.ipynb #1dac2966
+# %% ../nbs/35_run.ipynb #f977b646
 def run_all(
     benchmark,  # a Benchmark, or its name
     methods,  # names of the registry, and "STL"
@@ -232,7 +232,7 @@ def run_all(
     if jobs < 1: raise ValueError(f"jobs must be 1 or more, not {jobs!r}")
     deadline = None if budget is None else time.monotonic() + parse_duration(budget)
     benchmark, methods = get_benchmark(benchmark), [methods] if isinstance(methods, str) else list(methods)
-    if device is None: device = "cuda" if scale in ("gpu", "paper") and torch.cuda.is_available() else "cpu"
+    if device is None: device = "cuda" if scale.startswith(("gpu", "paper")) and torch.cuda.is_available() else "cpu"
     check_names(benchmark, methods, scale, hyper, device)
     out = Path(runs_folder(scale) if out is None else out)
     runs = plan(benchmark, methods, seeds, scale, out, hyper, fresh, monitor_every, checkpoints)
@@ -318,7 +318,7 @@ def _until_signal(parent=None):
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
 
-# %% ../nbs/35_run.ipynb #f64316e1
+# %% ../nbs/35_run.ipynb #1f6c1660
 def main(argv=None) -> int:  # 0; 1 if a method failed; 2 for wrong options or missing data; 130 after Ctrl-C
     "Train the pending runs of a benchmark within the time given, and say what there is."
     parser = _parser()
@@ -332,6 +332,7 @@ def main(argv=None) -> int:  # 0; 1 if a method failed; 2 for wrong options or m
             benchmark = get_benchmark(given.benchmark)
             if benchmark.data_hash: benchmark.data_hash(benchmark.scale(given.scale), seeds[0])  # refuses damaged files
         except (ValueError, RuntimeError) as error: parser.error(str(error))
+        except (FileNotFoundError, ImportError) as error: parser.exit(2, f"{parser.prog}: error: {error}\n")
         own = {"methods", "seeds", "hyper", "report", "parent"}
         options = {name: value for name, value in vars(given).items() if name not in own}
         try: records = run_all(**options, methods=methods, seeds=seeds, hyper=hyper,
