@@ -130,7 +130,7 @@ def _printed_row(page, name, columns, source):
 
 def _worst(found): return "{} ({:.0f} %)".format(*found)
 
-# %% ../nbs/38_pages.ipynb #5f65e8a5
+# %% ../nbs/38_pages.ipynb #2cdc122d
 def table_caption(
     page: Page,
     what: str,  # "Table 1: NYUv2 with ...", ending in a full stop
@@ -142,8 +142,9 @@ def table_caption(
     return (
         f"{what} ± is the half width of Student's 95 % interval over seeds in our rows{printed}. delta_p in percent, higher is "
         "better, against the mean of the STL runs; a method has none where one of its runs, or of STL's, is not 5 % better than "
-        "a constant prediction (first row) in some task. The worst task is the one with the lowest improvement over STL; the "
-        f"mean rank is among our rows that trained every task, STL aside. Epochs: {'; '.join(sorted(chosen)) or 'none'}. {page.about}")
+        "a constant prediction (first row) in some task. The worst task is the one with the lowest improvement over STL; "
+        f"the mean rank is among our rows that trained every task, STL aside. Epochs: {'; '.join(sorted(chosen)) or 'none'}. "
+        + page.about)
 
 # %% ../nbs/38_pages.ipynb #a45455db
 def printed_gains(
