@@ -1,0 +1,241 @@
+#!/usr/bin/env python3
+"""The first optimizer step of the large scales, and what the switches of dbmtl.precision cost, in one run.
+
+    python ci/benchmarks/first_steps.py [nyuv2/paper cityscapes/gpu ...] [--method DB-MTL] [--threads 2] [--ways]
+
+Each step runs in a process of its own: seconds, peak resident memory, parameters, losses. Where the data set is
+missing its generated stand-in of the same shape takes its place, and where ImageNet weights are missing the network
+starts from scratch; both are named. `--ways` measures plain, channels-last, recomputed and bfloat16 runs of one
+convolutional network, taking turns. Writes first_steps.json and first_steps.md; what was measured before and is not
+asked for again stays.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+WAYS = {"plain": {}, "channels-last": {"channels_last": True}, "checkpoint": {"checkpoint": True},
+        "bf16": {"precision": "bf16"}}
+SIZES = [8, 3, 144, 192]  # images of --ways
+
+
+def peak_mib():
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+
+
+# -------------------------------------------------------------------------------------- one step, in its own process
+
+
+def attempts(scale):
+    """The scale itself, then with what may be missing replaced: weights, data, both."""
+    stand_ins = {"weights": ["none"], "source": ["generated", "sample"]}
+    weights = [{}] + [{"weights": w} for w in stand_ins["weights"] if scale.extra.get("weights", w) != w]
+    given = scale.extra.get("source")
+    sources = [{}] + [{"source": s} for s in stand_ins["source"] if given not in (None, *stand_ins["source"])]
+    for source in sources:
+        # a stand-in has no more samples than the step and the evaluation need
+        few = {"train_size": 2 * scale.batch_size, "eval_size": scale.batch_size} if source else {}
+        yield [dataclasses.replace(scale, extra={**scale.extra, **source, **each}, **few) for each in weights]
+
+
+def load(benchmark, scale):
+    """(data, scales to try for the network) of the first source that is there; every other error passes on."""
+    missing = None
+    for scales in attempts(scale):
+        try: return benchmark.load(scales[0], "cpu", 0), scales
+        except (FileNotFoundError, ModuleNotFoundError) as error: missing = missing or error
+        except ValueError:  # of two kinds of stand-in a benchmark knows one
+            if missing is None: raise
+    raise missing
+
+
+def first_step(name, method):
+    """Numbers of the first step of "benchmark/scale"."""
+    import torch
+
+    from dbmtl.benchmark import get_benchmark
+    from dbmtl.train import Loop
+
+    benchmark = get_benchmark(name.split("/")[0])
+    asked = benchmark.scale(name.split("/")[1])
+    before, start = peak_mib(), time.perf_counter()
+    data, scales = load(benchmark, asked)
+    for number, scale in enumerate(scales):
+        try: loop = Loop(benchmark, data, benchmark.tasks, method, 0, scale)
+        except (FileNotFoundError, OSError):
+            if number == len(scales) - 1: raise
+            continue
+        break
+    prepared = time.perf_counter()
+    loop.step()
+    done = time.perf_counter()
+    changed = {key: value for key, value in scale.extra.items() if asked.extra.get(key) != value}
+    losses = dict(zip(loop.names, loop.losses.tolist(), strict=True))
+    finite = all(map(math.isfinite, losses.values())) and all(bool(p.isfinite().all()) for p in loop.model.parameters())
+    return {
+        "benchmark": name, "method": method, "data": data.note, "instead of what is missing": changed,
+        "batch": scale.batch_size, "tasks": len(benchmark.tasks), "options": {**scale.extra},
+        "shared parameters": sum(p.numel() for p in loop.model.trunk.parameters()),
+        "all parameters": sum(p.numel() for p in loop.model.parameters()),
+        "seconds to load": round(prepared - start, 2), "seconds of the step": round(done - prepared, 2),
+        "peak MiB": peak_mib(), "peak MiB before": before, "losses": {k: round(v, 4) for k, v in losses.items()},
+        "finite": finite, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+# ---------------------------------------------------------------------------------------------- the ways of running
+
+
+def conv_net(how):
+    """A trunk of six convolutions with batch norm, three heads."""
+    import torch
+    from torch import nn
+
+    from dbmtl.precision import efficient
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layers, widths = [], (3, 32, 32, 64, 64, 64, 64)
+            for n, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+                layers += [nn.Conv2d(a, b, 3, padding=1, stride=2 if n == 2 else 1), nn.BatchNorm2d(b), nn.ReLU()]
+            self.trunk, self.heads = nn.Sequential(*layers), nn.ModuleList(nn.Conv2d(64, 1, 1) for _ in range(3))
+
+        def forward(self, images):
+            shared = self.trunk(images)
+            return {t: head(shared) for t, head in enumerate(self.heads)}
+
+    torch.manual_seed(0)
+    return efficient(Network(), **how)
+
+
+def step_of(how):
+    """A closure that does one step of DB-MTL's gradients."""
+    import torch
+
+    from dbmtl import make_balancer
+
+    model = conv_net(how)
+    balancer, images = make_balancer("DB-MTL", shared=model.trunk, num_tasks=3), torch.randn(SIZES)
+
+    def step():
+        start = time.perf_counter()
+        balancer.backward([p.float().square().mean() + 1 for p in model(images).values()])
+        for p in model.parameters(): p.grad = None
+        return time.perf_counter() - start
+    return step
+
+
+def peak_of_way(way):
+    """What one step adds to a fresh process's peak, in MiB."""
+    step = step_of(WAYS[way])
+    before = peak_mib()
+    step(), step()
+    return round(peak_mib() - before, 1)
+
+
+def measure_ways(repetitions, threads):
+    memory = {way: child("--peak-of", way, threads=threads) for way in WAYS}
+    return {"sizes": SIZES, "repetitions": repetitions, "threads": threads, "peak MiB": memory,
+            **child("--seconds-of-ways", str(repetitions), threads=threads)}
+
+
+def seconds_of_ways(repetitions):
+    import torch
+
+    steps, times = {way: step_of(how) for way, how in WAYS.items()}, {way: [] for way in WAYS}
+    for step in steps.values(): step()
+    for _ in range(repetitions):
+        for way, step in steps.items(): times[way].append(step())
+    median = {way: statistics.median(values) for way, values in times.items()}
+    return {"torch": torch.__version__, "seconds": {way: round(s, 4) for way, s in median.items()},
+            "times plain": {way: round(s / median["plain"], 2) for way, s in median.items()}}
+
+
+# --------------------------------------------------------------------------------------------------------- reporting
+
+
+def child(*arguments, threads, limit=900):
+    """The JSON of this script in a fresh process. This one never imports torch: a child inherits its parent's peak."""
+    command = [sys.executable, __file__, *arguments, "--threads", str(threads)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
+    if done.returncode: raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def described(step):
+    changed = ", ".join(f"{key}: {value}" for key, value in step["instead of what is missing"].items())
+    return f"{step['data']}; {changed}" if changed else step["data"]
+
+
+def markdown(result):
+    rows = "\n".join(
+        f"| {s['benchmark']} | {s['method']} | {s['batch']} | {s['shared parameters']:,} | {s['all parameters']:,} "
+        f"| {s['seconds of the step']:.1f} | {s['peak MiB']:,.0f} | {'yes' if s['finite'] else 'NO'} | {described(s)} |"
+        for _, s in sorted(result["steps"].items()))
+    text = "# The first step\n" + ("" if not rows else f"""
+One optimizer step of the large scales on a CPU, each in a fresh process: whether it runs, what it costs, and whether
+losses and parameters are finite afterwards. Nothing is learned here: these scales are for a GPU. Peak memory is that
+of the process, libraries and data included. Threads and version are with each step in `first_steps.json`.
+
+| benchmark/scale | method | batch | shared parameters | all parameters | s | peak MiB | finite | data and network |
+|---|---|---|---|---|---|---|---|---|
+{rows}
+""")
+    ways = result.get("ways")
+    if ways:
+        seconds, ratio, peak = ways["seconds"], ways["times plain"], ways["peak MiB"]
+        lines = "\n".join(f"| {way} | {seconds[way]:.3f} | {ratio[way]:.2f} | {peak[way]:,.0f} |" for way in WAYS)
+        text += f"""
+## Ways of running
+
+A step of DB-MTL with three tasks (one forward pass, three backward passes) through six convolutions with batch norm,
+images {ways['sizes']}, CPU threads: {ways['threads']}, torch {ways['torch']}; median of {ways['repetitions']}
+interleaved repetitions, and what two steps add to the peak memory of a fresh process. `checkpoint` runs the trunk
+forward once more in each of the three backward passes, as a whole, so that its activations are all there again while a
+pass runs: what it saves of the peak is what waits beside them. Ratios of a CPU say little about a GPU.
+
+| way | s | times plain | peak MiB |
+|---|---|---|---|
+{lines}
+"""
+    return text + "\nWritten by `ci/benchmarks/first_steps.py`.\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="*", help="benchmark/scale")
+    parser.add_argument("--method", default="DB-MTL")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ways", action="store_true", help="measure the ways of running, too")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "figures" / "benchmarks")
+    parser.add_argument("--step-of", help="print the numbers of one step and stop")
+    parser.add_argument("--peak-of", choices=WAYS, help="print the peak memory of one way and stop")
+    parser.add_argument("--seconds-of-ways", type=int, help="print the seconds of each way and stop")
+    options = parser.parse_args()
+    if options.step_of: return print(json.dumps(first_step(options.step_of, options.method)))
+    if options.peak_of: return print(json.dumps(peak_of_way(options.peak_of)))
+    if options.seconds_of_ways: return print(json.dumps(seconds_of_ways(options.seconds_of_ways)))
+    written = options.out / "first_steps.json"
+    result = json.loads(written.read_text()) if written.exists() else {"steps": {}}
+    for name in options.steps:
+        found = child("--step-of", name, "--method", options.method, threads=options.threads)
+        result["steps"][f"{name} {options.method}"] = found
+    if options.ways: result["ways"] = measure_ways(options.repetitions, options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    written.write_text(json.dumps(result, indent=1) + "\n")
+    (options.out / "first_steps.md").write_text(markdown(result))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
