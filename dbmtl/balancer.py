@@ -236,7 +236,7 @@ class _Checked(Bookkeeping):
             self._versions = check_scales_move(scales, self.shared, self._versions)
         return slopes(self.transform, values)
 
-# %% ../nbs/07_balancer.ipynb #0bd6d2cf
+# %% ../nbs/07_balancer.ipynb #5903782a
 class _Rows(_Checked):
     "The task gradients of a step."
 
@@ -256,7 +256,7 @@ class _Rows(_Checked):
         if length.device.type == "cpu":
             if finite: self.ema.keep(t, row, where)
             return row
-        kept = [torch.where(finite, g, old.get(i, 0), out=old.get(i)) for i, g in zip(where, row, strict=True)]
+        kept = [torch.where(finite, g, old[i] if i in old else torch.zeros_like(g)) for i, g in zip(where, row, strict=True)]
         self.ema.keep(t, kept, where)
         return kept
 

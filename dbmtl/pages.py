@@ -156,7 +156,7 @@ def printed_gains(
     each = {m: {0: delta_p_per_task(page.printed[m], page.printed["STL"], page.benchmark.directions)} for m in names}
     return {m: {0: page.printed_gain[m].value} for m in names if m in page.printed_gain}, each
 
-# %% ../nbs/38_pages.ipynb #0bee1f59
+# %% ../nbs/38_pages.ipynb #5fa2e113
 def gains_figure(
     page: Page,
     methods=None,  # those drawn; None: all but STL
@@ -168,15 +168,20 @@ def gains_figure(
     why = {m: why_missing(page.groups, m, protocol=page.protocol).split(":")[0] for m in methods}
     rows = [("ours", page.gain, page.gains, why)]
     if page.printed: rows.append(("printed in the paper", *printed_gains(page, methods), "not printed"))
-    fig = plt.figure(figsize=(PAGE, 0.5 + 1.9 * len(rows)))
-    grid = fig.subplots(len(rows), 1 + len(page.tasks), squeeze=False)
+    panels = 1 + len(page.tasks)
+    columns = 2 if len(methods) > 8 else panels if panels < 6 else 4
+    lines = -(-panels // columns) * len(rows)
+    fig = plt.figure(figsize=(PAGE, 0.5 + 1.9 * lines))
+    grid = fig.subplots(lines, columns, squeeze=False).reshape(len(rows), -1)
     for (label, gain, gains, words), axes in zip(rows, grid, strict=True):
         seed_bars(axes[0], gain, methods, words).set_title(f"$\\Delta_p$, {label}", loc="left")
-        for ax, task in zip(axes[1:], page.tasks, strict=True):
+        for ax, task in zip(axes[1:], page.tasks, strict=False):
             known = {name: {seed: run[task] for seed, run in runs.items() if task in run} for name, runs in gains.items()}
-            seed_bars(ax, known, methods, words).set_title(task, loc="left")
-        for ax in axes: ax.tick_params("x", labelrotation=40 if len(methods) < 5 else 90, labelsize=6)
-        axes[0].set_ylabel("improvement over STL (%)")
+            title = task if columns == panels else f"{task}, {label.split()[0]}"
+            seed_bars(ax, known, methods, words).set_title(title, loc="left")
+        for ax in axes[:panels]: ax.tick_params("x", labelrotation=40 if len(methods) < 5 else 90, labelsize=6)
+        for ax in axes[panels:]: ax.axis("off")
+    fig.supylabel("improvement over STL (%)", fontsize=8)
     fig.supxlabel(_footer(page), fontsize=5.5, color="gray")
     return fig
 
@@ -199,7 +204,7 @@ def gain_rows(
                      for seed, run in gains.get(m, {}).items() for task, percent in run.items()]
     return [row if row["source"] == "ours" else row | {"seed": ""} for row in rows]
 
-# %% ../nbs/38_pages.ipynb #9c146e1f
+# %% ../nbs/38_pages.ipynb #06f40d68
 def losses_figure(
     page: Page,
     methods=None,  # names; None: all
@@ -210,13 +215,14 @@ def losses_figure(
 
     names = list(methods or page.methods)
     count = -(-(len(page.tasks) + 1) // columns)
-    fig = plt.figure(figsize=(PAGE, 0.4 + 1.6 * count))
+    fig = plt.figure(figsize=(PAGE, 0.4 + 1.6 * count + 0.05 * max(0, len(names) - 20)))
     axes = panel_grid(fig, [*page.tasks, "legend"], columns)
     for task in page.tasks:
         seed_curves(axes[task], page.groups, "train", task, names).set_yscale("log")
         axes[task].set_xlabel("epoch")
     axes[page.tasks[0]].set_ylabel("training loss (log)")
     legend_panel(axes["legend"], names)
+    if len(names) > 8: axes["legend"].legend(loc="center", ncols=2, fontsize=5, labelspacing=0.3, columnspacing=1, handlelength=2)
     fig.supxlabel(_footer(page), fontsize=5.5, color="gray")
     return fig
 

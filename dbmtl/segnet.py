@@ -114,7 +114,7 @@ def xavier_(module: nn.Module) -> nn.Module:
             if layer.bias is not None: nn.init.zeros_(layer.bias)
     return module
 
-# %% ../nbs/49_segnet.ipynb #95a051bc
+# %% ../nbs/49_segnet.ipynb #9a7652a1
 class SegNet(nn.Module):
     "SegNet for several tasks: shared `trunk`; `attention[task]` and `heads[task]` belong to their task."
 
@@ -128,7 +128,8 @@ class SegNet(nn.Module):
         self.trunk = SegNetTrunk(width, carry=attention)
         self.attention = nn.ModuleDict({task: TaskAttention(width) for task in tasks if attention})
         self.heads = nn.ModuleDict({task: dense_head(width, outputs) for task, outputs in tasks.items()})
-        xavier_(self)
+        xavier_(self.trunk)
+        xavier_(self.attention)
 
     def forward(self, images: Tensor) -> dict:  # {task: [B, outputs, H, W]}
         "Raw predictions at the images' size."

@@ -420,7 +420,7 @@ def resume(
     torch.set_rng_state(state["rng"])
     if state["cuda"] is not None: torch.cuda.set_rng_state(state["cuda"], run.device)
 
-# %% ../nbs/34_train.ipynb #9fe37811
+# %% ../nbs/34_train.ipynb #c81b5bbb
 def make_record(
     run: Run,
     state: str = "finished",  # or "diverged", "failed"
@@ -445,6 +445,7 @@ def make_record(
         "seconds": run.seconds, "code": run.code, "code_modules": run.modules,
         **environment(run.device), "commit": run.commit, "optimizer": type(run.loop.optimizer).__name__,
         "notes": [*getattr(run.loop.model, "notes", []), *run_notes(run.loop.balancer, run.loop.optimizer)],
+        "skipped": run.loop.balancer.skipped.tolist(),
         "monitor_every": run.monitor_every, "monitors": run.loop.monitors, "curves": curves}
 
 

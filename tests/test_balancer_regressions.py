@@ -319,3 +319,14 @@ def test_counting_draws_no_random_numbers():
     before = torch.get_rng_state()
     anatomy(lambda **options: make_balancer("EW", **options))
     assert_close(torch.get_rng_state(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["DB-MTL", "gradient-only"])
+def test_an_average_is_kept_on_a_device_that_the_host_must_not_read(name):
+    """The branch of accelerators, on a device without numbers: the first step used to be a TypeError."""
+    trunk, heads = torch.nn.Linear(4, 3, device="meta"), [torch.nn.Linear(3, 1, device="meta") for _ in range(2)]
+    balancer = make_balancer(name, shared=trunk, num_tasks=2, check="later")
+    for _ in range(2):
+        z = trunk(torch.empty(5, 4, device="meta"))
+        balancer.backward([head(z).square().mean() for head in heads])
+    assert trunk.weight.grad.device.type == "meta" and trunk.weight.grad.shape == (3, 4)

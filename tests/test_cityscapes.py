@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dbmtl.benchmark import Scale, get_benchmark
-from dbmtl.cityscapes import data_hash, load, make_network, make_optimizer, make_scheduler
+from dbmtl.cityscapes import data_hash, load, make_network
 from dbmtl.paper import paper_directions, paper_table
 from dbmtl.run import run_all
 from dbmtl.train import Loop
@@ -50,8 +50,8 @@ def test_cityscapes_paper_scale_is_the_published_one():
                            "decay_every": 100, "decay": 0.5}
     assert BENCHMARK.drop_last and not BENCHMARK.multi_input and BENCHMARK.schedule_on == "epoch"
     parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = make_optimizer([parameter], scale)
-    schedule, rates = make_scheduler(optimizer, scale), []
+    optimizer = BENCHMARK.optimizer([parameter], scale)
+    schedule, rates = BENCHMARK.scheduler(optimizer, scale), []
     for _ in range(200):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -158,11 +158,11 @@ def test_cityscapes_network_at_full_width_has_the_published_sizes():
     assert "not comparable" in network.notes[0]
 
 
-def test_cityscapes_imagenet_weights_reach_the_trunk_and_leave_no_note(monkeypatch):
+def test_cityscapes_imagenet_weights_reach_the_trunk_and_are_named(monkeypatch):
     asked = []
-    monkeypatch.setattr("dbmtl.cityscapes.load_imagenet", lambda trunk, name: asked.append((trunk, name)))
+    monkeypatch.setattr("dbmtl.cityscapes.load_imagenet", lambda trunk, name: asked.append((trunk, name)) or "file.pth")
     network = make_network(replace(TINY, extra={**TINY.extra, "weights": "imagenet"}), None, ["depth"])
-    assert asked == [(network.trunk, "resnet50")] and not getattr(network, "notes", [])
+    assert asked == [(network.trunk, "resnet50")] and network.notes == ["file.pth", f"width {TINY.width} instead of 64"]
 
 
 def test_cityscapes_precision_and_memory_format_come_from_the_scale(monkeypatch):
@@ -184,7 +184,8 @@ def test_cityscapes_smoke_run_leaves_a_record_that_says_generated(tmp_path, monk
     record, = run_all("cityscapes", ["DB-MTL"], [0], "smoke")
     assert record["state"] == "finished"
     assert record["data"]["note"].startswith("generated streets")
-    assert record["notes"] == ["ResNet-50 from scratch: not comparable with printed numbers"]
+    scratch = "ResNet-50 from scratch: not comparable with printed numbers"
+    assert record["notes"] == [scratch, "width 2 instead of 64"]
     assert set(record["curves"]["test"]["depth"]) == {"AErr", "RErr"}
 
 

@@ -466,7 +466,7 @@ def test_igbv2_hears_of_a_falling_learning_rate():
     assert loop.balancer.transform.lr_ratio == pytest.approx(4)
 
 
-# ------------------------------------------------------------------------------------------------- loss scaling for fp16
+# ------------------------------------------------------------------------------------------------ loss scaling for fp16
 
 
 def scaled(benchmark=toy):

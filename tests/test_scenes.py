@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dbmtl import scenes
-from dbmtl.scenes import BOX, CYLINDER, ELLIPSOID, Bodies, Dice, camera, first_hit, office_images, rooms, streets
+from dbmtl import raycast, scenes
+from dbmtl.raycast import BOX, CYLINDER, ELLIPSOID, Bodies, Dice, camera, first_hit
+from dbmtl.scenes import office_images, rooms, streets
 
 SIZE = (36, 48)
 
@@ -205,7 +206,7 @@ def test_no_body_is_missed_outside_its_window(seed, monkeypatch):
             return torch.stack([zero, zero + size[0], zero, zero + size[1]])
 
         with monkeypatch.context() as patch:
-            patch.setattr(scenes, "_windows", everything)
+            patch.setattr(raycast, "_windows", everything)
             _, _, whole, whole_which = cast(bodies, (40, 60), angles, field=1.4)
         assert_close(depth, whole)
         assert (which == whole_which).float().mean() > 0.999
@@ -215,7 +216,7 @@ def test_no_body_is_missed_outside_its_window(seed, monkeypatch):
 def test_normals_are_the_gradients_of_the_surface(seed):
     bodies, plain = random_bodies(seed)
     view, table, depth, which = cast(bodies, (20, 30))
-    _, normal, _, _ = scenes._surface(table, view[2], torch.where(depth < 29, depth, 1.0), which)
+    _, normal, _, _ = raycast.surface(table, view[2], torch.where(depth < 29, depth, 1.0), which)
     checked = 0
     for pixel in torch.nonzero(depth[0] < 29)[::5, 0].tolist():
         body, point = plain[which[0, pixel]], (view[2][0, :, pixel] * depth[0, pixel]).double().numpy()
@@ -258,7 +259,7 @@ def test_differences_of_depth_show_the_normal():
     dice = Dice([(0, 0)], 400)
     bodies, view, light = scenes._room(dice, 1)
     size = (90, 120)
-    seen = scenes.render(dice, bodies, view, size, light, 255)
+    seen = raycast.render(dice, bodies, view, size, light, 255)
     _, wide, _ = camera(*view, size)
     v, u = torch.meshgrid(*(2 * (torch.arange(n) + 0.5) / n - 1 for n in size), indexing="ij")
     rays = torch.stack([u * wide, v * wide * size[0] / size[1], torch.ones(size)])
