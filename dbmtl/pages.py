@@ -65,7 +65,7 @@ class Page:
     @property
     def methods(self): return list(self.groups)
 
-# %% ../nbs/38_pages.ipynb #ea73a43a
+# %% ../nbs/38_pages.ipynb #e78bcef0
 def open_page(
     benchmark,  # a Benchmark, or its name
     made: list[dict],  # from `ask`
@@ -82,7 +82,7 @@ def open_page(
     groups = {name: groups[name] for name in [*known, *(n for n in groups if n not in known)]}
     printed, summary = (paper_table(paper), paper_summary(paper)) if paper else ({}, {})
     small = " Early training: order and signs can be compared with the paper, sizes cannot." if paper and scale != "paper" else ""
-    alone = "" if paper else " Nothing in the paper is about these data: there are no printed numbers to compare with."
+    alone = "" if paper else " Nothing in the paper is about such runs: there are no printed numbers to compare with."
     notes = sorted({note for record in records for note in record.get("notes", [])})
     lost = "".join(f" {run}." for run in lost_runs(groups))
     about = f"Ours: {describe_runs(records)}.{small}{alone}{lost}" + "".join(f" {note}." for note in notes if len(notes) < 4)
