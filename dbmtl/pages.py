@@ -6,14 +6,14 @@
 __all__ = ['ask', 'Page', 'open_page', 'metric_columns', 'result_rows', 'table_caption', 'printed_gains', 'gains_figure',
            'gain_rows', 'losses_figure', 'loss_rows']
 
-# %% ../nbs/38_pages.ipynb #54dfab70
+# %% ../nbs/38_pages.ipynb #bbd583fe
 import textwrap
 from dataclasses import dataclass
 
 from .benchmark import get_benchmark
 from .metrics import delta_p_per_task, worst_task
 from .panels import curve_rows, legend_panel, panel_grid, seed_bars, seed_curves
-from .paper import paper_summary, paper_table
+from .paper import paper_ablation, paper_summary, paper_table
 from .records import figures_folder
 from .registry import method_names
 from .report import delta_p_by_seed, describe_runs, estimate, group_records, lost_runs, mean_ranks
@@ -65,7 +65,7 @@ class Page:
     @property
     def methods(self): return list(self.groups)
 
-# %% ../nbs/38_pages.ipynb #e78bcef0
+# %% ../nbs/38_pages.ipynb #915d2c0a
 def open_page(
     benchmark,  # a Benchmark, or its name
     made: list[dict],  # from `ask`
@@ -80,7 +80,7 @@ def open_page(
     groups = group_records(records)
     known = [name for name in ["STL", *method_names()] if name in groups]
     groups = {name: groups[name] for name in [*known, *(n for n in groups if n not in known)]}
-    printed, summary = (paper_table(paper), paper_summary(paper)) if paper else ({}, {})
+    printed, summary = (paper_table(paper), _printed_averages(paper)) if paper else ({}, {})
     small = " Early training: order and signs can be compared with the paper, sizes cannot." if paper and scale != "paper" else ""
     alone = "" if paper else " Nothing in the paper is about such runs: there are no printed numbers to compare with."
     notes = sorted({note for record in records for note in record.get("notes", [])})
@@ -88,6 +88,12 @@ def open_page(
     about = f"Ours: {describe_runs(records)}.{small}{alone}{lost}" + "".join(f" {note}." for note in notes if len(notes) < 4)
     gain, gains = delta_p_by_seed(groups, protocol=protocol), task_gains_by_seed(groups, protocol=protocol)
     return Page(benchmark, scale, records, groups, gain, gains, printed, summary, protocol, about)
+
+# %% ../nbs/38_pages.ipynb #27dd1079
+def _printed_averages(paper) -> dict:
+    try: halves = {name.replace(" ", "-"): value for name, value in paper_ablation(paper).items()}
+    except ValueError: halves = {}  # not in Table 5
+    return halves | paper_summary(paper)
 
 # %% ../nbs/38_pages.ipynb #2c4be32b
 def metric_columns(
@@ -99,7 +105,7 @@ def metric_columns(
     return {(task, metric): metric if counts[metric] == 1 else task if len(directions[task]) == 1 else f"{task} {metric}"
             for task, metric in pairs}
 
-# %% ../nbs/38_pages.ipynb #75cdfa70
+# %% ../nbs/38_pages.ipynb #adc21be5
 def result_rows(
     page: Page,
 ) -> list[dict]:  # for `markdown_table` and `write_table`
@@ -112,6 +118,7 @@ def result_rows(
     for name in page.groups:
         runs = results.get(name, {}).values()
         found = {column: estimate([run[task][metric] for run in runs]) for (task, metric), column in columns.items()}
+        found = {column: e.mean if e and e.count == 1 else e for column, e in found.items()}  # the caption says so
         shown = estimate(page.gain[name]) if name in page.gain else why_missing(page.groups, name, protocol=page.protocol)
         low = _worst(worst[name]) if name in worst and name != "STL" else None
         rows.append({"method": printed_name(name), "source": "ours", **found, "delta_p": shown, "worst task": low,

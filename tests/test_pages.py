@@ -188,8 +188,15 @@ def test_pages_put_printed_rows_below_ours(benchmark, column, stl, printed):
     rest = [name for name in paper_table(benchmark) if name not in ("STL", "DB-MTL")]
     assert shown[6:] == [(name, "paper; ours not run") for name in rest] and len(rest) > 15
     assert rows[2][column] == stl and rows[4]["delta_p"] == printed
-    assert rows[1][column].mean == 10 and rows[3][column].mean == pytest.approx(10.5)
+    assert rows[1][column] == 10 and rows[3][column] == pytest.approx(10.5)  # one seed: no interval
     assert rows[2]["worst task"] is None and rows[4]["worst task"].endswith(" %)") and "mean rank" not in rows[4]
+
+
+def test_pages_know_the_printed_average_of_each_half():
+    page = page_of("nyuv2", record("nyuv2", "loss-only"), record("nyuv2", "gradient-only"), paper="nyuv2")
+    total, each = printed_gains(page, ["loss-only", "gradient-only", "EW"])
+    assert {name: found[0] for name, found in total.items()} == {"loss-only": 0.06, "gradient-only": 0.76, "EW": -1.78}
+    assert list(each) == ["EW"]  # Table 5 has no metrics
 
 
 def test_pages_columns_are_metrics_or_tasks():
