@@ -153,7 +153,7 @@ def table_caption(
         f"the mean rank is among our rows that trained every task, STL aside. Epochs: {'; '.join(sorted(chosen)) or 'none'}. "
         + page.about)
 
-# %% ../nbs/38_pages.ipynb #a45455db
+# %% ../nbs/38_pages.ipynb #79dfd701
 def printed_gains(
     page: Page,
     methods,  # names
@@ -161,7 +161,7 @@ def printed_gains(
     "The paper's improvements over its STL row, recomputed from its printed metrics."
     names = [m for m in methods if m in page.printed]
     each = {m: {0: delta_p_per_task(page.printed[m], page.printed["STL"], page.benchmark.directions)} for m in names}
-    return {m: {0: page.printed_gain[m].value} for m in names if m in page.printed_gain}, each
+    return {m: {0: page.printed_gain[m].value} for m in methods if m in page.printed_gain}, each
 
 # %% ../nbs/38_pages.ipynb #5fa2e113
 def gains_figure(
