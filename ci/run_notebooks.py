@@ -69,6 +69,8 @@ def own_kernel(folder):
     spec.joinpath("kernel.json").write_text(json.dumps({"argv": argv, "display_name": "python3", "language": "python"}))
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_PATH")]))
     os.environ["PYTHONPATH"] = str(ROOT)
+    # small networks: two threads that wait for each other on busy cores took ten times as long as one; `jobs` uses more
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pictures(root):
