@@ -65,7 +65,7 @@ def own_kernel(folder):
     """Makes `python3` mean this very interpreter, whatever kernels are installed for the user or the machine."""
     spec = Path(folder, "kernels", "python3")
     spec.mkdir(parents=True)
-    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
     spec.joinpath("kernel.json").write_text(json.dumps({"argv": argv, "display_name": "python3", "language": "python"}))
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_PATH")]))
     os.environ["PYTHONPATH"] = str(ROOT)

@@ -6,7 +6,7 @@
 __all__ = ['ask', 'Page', 'open_page', 'metric_columns', 'result_rows', 'table_caption', 'printed_gains', 'gains_figure',
            'gain_rows', 'losses_figure', 'loss_rows']
 
-# %% ../nbs/38_pages.ipynb #bbd583fe
+# %% ../nbs/38_pages.ipynb #e15f46df
 import textwrap
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from .benchmark import get_benchmark
 from .metrics import delta_p_per_task, worst_task
 from .panels import curve_rows, legend_panel, panel_grid, seed_bars, seed_curves
 from .paper import paper_ablation, paper_summary, paper_table
-from .records import figures_folder
+from .records import figures_folder, project_root
 from .registry import method_names
 from .report import delta_p_by_seed, describe_runs, estimate, group_records, lost_runs, mean_ranks
 from .report import records_to_draw, results_by_seed, task_gains_by_seed, why_missing, worst_tasks
@@ -41,7 +41,7 @@ def ask(
         if not known and run["steps_now"] < 1: raise RuntimeError(f"{what} took no optimizer step")
     return made
 
-# %% ../nbs/38_pages.ipynb #0845915a
+# %% ../nbs/38_pages.ipynb #395834b0
 @dataclass(frozen=True)
 class Page:
     "The records of one scale of a benchmark, and what they are compared with."
@@ -57,7 +57,9 @@ class Page:
     about: str  # what was run, in words
 
     @property
-    def folder(self): return figures_folder(self.scale)
+    def folder(self):  # unfinished runs are no result: their pictures go to an ignored folder
+        unfinished = any(record["state"] in ("pending", "stopped") for record in self.records)
+        return project_root() / "out/unfinished" if unfinished else figures_folder(self.scale)
 
     @property
     def tasks(self): return self.benchmark.task_names

@@ -53,17 +53,19 @@ def _parser():
     parser.add_argument("--features", action="store_true", help="also those of the frozen EfficientNet-Lite0 (Office, PACS)")
     return parser
 
-# %% ../nbs/58_prepare.ipynb #74902566
+# %% ../nbs/58_prepare.ipynb #b2b4444d
 def main(argv=None) -> int:  # 0; 2 for wrong options, or missing or corrupt files
     "Prepare one data set and say what there is."
     parser = _parser()
     given = parser.parse_args(argv)
     try:
+        if given.name == "qm9": raise ValueError("qm9 is built by `python -m dbmtl.qm9_build`: see notebook 43")
         if given.features and given.name in ("nyuv2", "cityscapes"):
             raise ValueError(f"--features is for sets of labeled pictures, not {given.name}")
         stores = prepare(given.name, given.source, parse_size(given.size) if given.size else None)
         if given.features:
-            for store in stores.values(): lite0_features(store)
+            count = sum(len(lite0_features(store)) for store in stores.values())
+            print(f"features of {count:,} images by the frozen EfficientNet-Lite0")
     except (ValueError, FileNotFoundError, ImportError) as error: parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(store_table(stores), cache_folder(), sep="\n")
     return 0

@@ -108,7 +108,7 @@ def _counts(record, monitor_every, checkpoints) -> bool:
     if record["state"] == "failed" and is_stale(record): return False
     return record["config"]["method"] == "STL" or monitor_every == 0 or record["monitor_every"] > 0
 
-# %% ../nbs/35_run.ipynb #54f8c1d1
+# %% ../nbs/35_run.ipynb #3eea7e5e
 def _run_here(runs, benchmark, scale, out, device, deadline, stop, options) -> list[dict]:
     "Train the pending runs one after another in this process."
     results, loaded = [], (None, None)
@@ -131,6 +131,9 @@ def _run_here(runs, benchmark, scale, out, device, deadline, stop, options) -> l
         try: result = train(benchmark, run["method"], run["seed"], scale, device, out, left, run["hyper"], loaded[1],
                             stop=stop, **options)
         except BlockingIOError: result = _stub(run, "pending", "another process works on it")
+        except TypeError as error:
+            if "at feature level" not in str(error): raise
+            result = _stub(run, "failed", f"cannot run on {benchmark.name}: {error}")
         results.append(result | {"status": _status(result)})
     return results
 
@@ -145,7 +148,7 @@ def _found(run) -> dict:
 
 
 def _status(result) -> str:
-    told = {"finished": "done now", "stopped": f"stopped at step {result['step']}"}
+    told = {"finished": "done now", "stopped": f"stopped at step {result['step']} of {result['steps']}"}
     return told.get(result["state"], result["state"])
 
 # %% ../nbs/35_run.ipynb #42a3ef64

@@ -138,7 +138,7 @@ def test_a_budget_stops_in_the_middle_and_the_next_call_goes_on(tmp_path):
     whole = run_all("toy", ["EW", "DB-MTL"], [0], out=tmp_path / "whole")
     calls = iter(range(10_000))
     part = run_all("toy", ["EW", "DB-MTL"], [0], out=tmp_path / "parts", stop=lambda: next(calls) >= 8)
-    assert statuses(part) == ["stopped at step 7", "pending"] and [r["steps_now"] for r in part] == [7, 0]
+    assert statuses(part) == [f"stopped at step 7 of {part[0]['steps']}", "pending"] and [r["steps_now"] for r in part] == [7, 0]
     rest = run_all("toy", ["EW", "DB-MTL"], [0], out=tmp_path / "parts", budget="10m")
     assert statuses(rest) == ["done now"] * 2 and [r["steps_now"] for r in rest] == [11, 18]
     assert [r["curves"] for r in rest] == [r["curves"] for r in whole]
@@ -150,11 +150,19 @@ def test_no_time_leaves_everything_pending(tmp_path):
     assert "pending" in run_table(records)
 
 
+def test_a_method_that_a_network_cannot_run_does_not_end_the_others(tmp_path):
+    refused, done = run_all("nyuv2-segnet", ["MGDA-UB", "EW"], out=tmp_path)
+    assert refused["state"] == refused["status"] == "failed" and done["state"] == "finished"
+    assert "cannot run on nyuv2-segnet" in refused["reason"] and "one tensor" in refused["reason"]
+    assert "cannot run on nyuv2-segnet" in run_table([refused, done])
+    assert [path.name[:15] for path in tmp_path.glob("*.json")] == ["nyuv2-segnet-sm"]
+
+
 def test_an_interrupted_fresh_run_goes_on_though_its_old_record_is_there(tmp_path):
     run_all("toy", ["EW"], out=tmp_path)
     calls = iter(range(100))
     assert statuses(run_all("toy", ["EW"], out=tmp_path, fresh=True, stop=lambda: next(calls) == 5)) == [
-        "stopped at step 4"
+        "stopped at step 4 of 18"
     ]
     again = run_all("toy", ["EW"], out=tmp_path)
     assert again[0]["steps_now"] == 14 and statuses(run_all("toy", ["EW"], out=tmp_path)) == ["already there"]
