@@ -43,6 +43,7 @@ def attempts(scale):
     for source in sources:
         # a stand-in has no more samples than the step and the evaluation need
         few = {"train_size": 2 * scale.batch_size, "eval_size": scale.batch_size} if source else {}
+        source = {"classes": 31, **source} if source else {}  # of generated objects; rooms and streets know theirs
         yield [dataclasses.replace(scale, extra={**scale.extra, **source, **each}, **few) for each in weights]
 
 
