@@ -53,7 +53,7 @@ def _parser():
     parser.add_argument("--features", action="store_true", help="also those of the frozen EfficientNet-Lite0 (Office, PACS)")
     return parser
 
-# %% ../nbs/58_prepare.ipynb #b2b4444d
+# %% ../nbs/58_prepare.ipynb #dbe78126
 def main(argv=None) -> int:  # 0; 2 for wrong options, or missing or corrupt files
     "Prepare one data set and say what there is."
     parser = _parser()
@@ -64,8 +64,8 @@ def main(argv=None) -> int:  # 0; 2 for wrong options, or missing or corrupt fil
             raise ValueError(f"--features is for sets of labeled pictures, not {given.name}")
         stores = prepare(given.name, given.source, parse_size(given.size) if given.size else None)
         if given.features:
-            count = sum(len(lite0_features(store)) for store in stores.values())
-            print(f"features of {count:,} images by the frozen EfficientNet-Lite0")
+            for store in stores.values(): lite0_features(store)
+            print("images with features of the frozen EfficientNet-Lite0:", sum(map(len, stores.values())))
     except (ValueError, FileNotFoundError, ImportError) as error: parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(store_table(stores), cache_folder(), sep="\n")
     return 0

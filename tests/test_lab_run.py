@@ -23,7 +23,7 @@ def statuses(records):
     return [r["status"] for r in records]
 
 
-def no_convergence(balancer, losses):
+def no_convergence(balancer, losses, **options):
     raise RuntimeError("no convergence")
 
 
