@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_duration', 'hyper_of', 'check_names', 'plan', 'run_all', 'run_table', 'parse_hyper', 'main']
 
-# %% ../nbs/35_run.ipynb #c6f886e6
+# %% ../nbs/35_run.ipynb #26aa835f
 import argparse
 import contextlib
 import json
@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from .benchmark import benchmark_module, benchmark_names, get_benchmark, unknown_name
-from .records import configuration, find_record, is_stale, runs_folder, write_atomically
+from .records import configuration, find_record, is_stale, method_label, parse_method, runs_folder, split_methods
+from .records import write_atomically
 from .registry import make_balancer, method_names
 from .train import train
 
@@ -37,20 +38,20 @@ def parse_duration(
     if seconds <= 0: raise ValueError(f"a duration is like 90s, 25m or 1h30m, not {text!r}")
     return seconds
 
-# %% ../nbs/35_run.ipynb #cdc0a9fc
+# %% ../nbs/35_run.ipynb #ccd0a97b
 def hyper_of(
-    method: str,
+    label: str,  # a method, or a method with settings of its own
     hyper: dict | None,  # for all methods, and by method in nested dictionaries
 ) -> dict:
     "The hyperparameters meant for one method."
-    hyper = hyper or {}
+    (method, own), hyper = parse_method(label), hyper or {}
     common = {name: value for name, value in hyper.items() if not isinstance(value, dict)}
-    return {} if method == "STL" else common | hyper.get(method, {})
+    return own if method == "STL" else common | hyper.get(method, {}) | own
 
-# %% ../nbs/35_run.ipynb #3d4965cc
+# %% ../nbs/35_run.ipynb #495f069a
 def check_names(
     benchmark,
-    methods,  # names
+    methods,  # names or labels
     scale: str,
     hyper: dict | None = None,
     device="cpu",
@@ -60,20 +61,22 @@ def check_names(
     benchmark.scale(scale)
     if not methods: raise ValueError(f"no methods given: some of {', '.join(known)}")
     meant = [name for name, value in (hyper or {}).items() if isinstance(value, dict)]
-    for name in [*methods, *meant]:
+    for name in [*(parse_method(label)[0] for label in methods), *meant]:
         if name in known: continue
         try: make_balancer(name, shared=torch.nn.Linear(1, 1), num_tasks=2)
         except ValueError as error:
             if name.split("+")[0] in known: raise  # a composition that cannot be, and its reason
             raise unknown_name("method", name, known) from error
-    for name in methods:
+    for label in methods:
+        (name, _), own = parse_method(label), hyper_of(label, hyper)
+        if name == "STL" and own: raise ValueError(f"STL has no hyperparameters: {label!r}")
         if name == "STL": continue
-        try: make_balancer(name, shared=torch.nn.Linear(1, 1), num_tasks=len(benchmark.tasks), **hyper_of(name, hyper))
-        except TypeError as error: raise ValueError(f"{name} does not take {hyper_of(name, hyper)}: {error}") from error
+        try: make_balancer(name, shared=torch.nn.Linear(1, 1), num_tasks=len(benchmark.tasks), **own)
+        except TypeError as error: raise ValueError(f"{name} does not take {own}: {error}") from error
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r}: this torch sees no CUDA device; use cpu")
 
-# %% ../nbs/35_run.ipynb #8496b7a8
+# %% ../nbs/35_run.ipynb #392c117d
 def plan(
     benchmark,
     methods,
@@ -89,12 +92,17 @@ def plan(
     benchmark, runs = get_benchmark(benchmark), []
     for seed in dict.fromkeys(seeds):
         known = benchmark.data_hash(benchmark.scale(scale), seed) if benchmark.data_hash else None
-        for method in dict.fromkeys(methods):
-            own = hyper_of(method, hyper)
+        for method, own in _settings(methods, hyper):
             config = configuration(benchmark, method, seed, scale, own)
             run = {"config": config, "method": method, "seed": seed, "hyper": own, "data_hash": known}
             runs.append(run | {"record": None if fresh else _recorded(run, out, monitor_every, checkpoints)})
     return runs
+
+
+def _settings(methods, hyper) -> list:
+    "(method, hyper) of every label, each once."
+    found = [(parse_method(label)[0], hyper_of(label, hyper)) for label in methods]
+    return list({method_label(*setting): setting for setting in found}.values())
 
 
 def _recorded(run, out, monitor_every, checkpoints) -> dict | None:
@@ -213,10 +221,10 @@ def _collect(run, out, process, report, errors) -> dict:
     record = find_record(run["config"], out) if done["state"] in ("finished", "diverged", "failed") else None
     return (record or {}) | done
 
-# %% ../nbs/35_run.ipynb #f977b646
+# %% ../nbs/35_run.ipynb #d31a815b
 def run_all(
     benchmark,  # a Benchmark, or its name
-    methods,  # names of the registry, and "STL"
+    methods,  # names of the registry and "STL", or labels such as "DB-MTL(beta=0.1)"
     seeds=(0,),
     scale: str = "smoke",
     out=None,  # folder of records; `runs_folder(scale)` if None
@@ -247,13 +255,13 @@ def run_all(
         raise ValueError(f"jobs={jobs}: processes find a benchmark by its name, and {benchmark.name!r} is in no table")
     return _run_jobs(runs, jobs, benchmark, scale, out, device, deadline, stop, options)
 
-# %% ../nbs/35_run.ipynb #452e555d
+# %% ../nbs/35_run.ipynb #24b4a06b
 def run_table(records: list[dict]) -> str:
     "A line a run: method, seed, what became of it, steps."
     rows = [("method", "seed", "status", "steps now", "reason")]
     for r in records:
         config, reason = r["config"], (r.get("reason") or "")[:60]
-        rows.append((config["method"], str(config["seed"]), r["status"], str(r["steps_now"]), reason))
+        rows.append((method_label(config["method"], config["hyper"]), str(config["seed"]), r["status"], str(r["steps_now"]), reason))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
@@ -273,13 +281,14 @@ def parse_hyper(
         (hyper.setdefault(method, {}) if found else hyper)[key] = value
     return hyper
 
-# %% ../nbs/35_run.ipynb #55e2ff40
+# %% ../nbs/35_run.ipynb #00c63604
 def _parser() -> argparse.ArgumentParser:
     "The options of `python -m dbmtl.run`."
     parser = argparse.ArgumentParser(prog="python -m dbmtl.run", description=main.__doc__)
     option = parser.add_argument
     option("--benchmark", required=True, help=f"one of {', '.join(benchmark_names())}")
-    option("--methods", required=True, help=f"names separated by commas: STL, {', '.join(method_names())}")
+    option("--methods", required=True, help=f"names separated by commas, "
+           f"settings in parentheses as in 'DB-MTL(beta=0.1;alpha=mean)': STL, {', '.join(method_names())}")
     option("--seeds", default="0", help="numbers separated by commas (default: 0)")
     option("--scale", default="smoke", help="of the benchmark: smoke (the default), cpu, gpu, paper, or another that it names")
     option("--budget", type=_argument(parse_duration), help="stop at a checkpoint after this time: 90s, 25m, 1h30m")
@@ -321,7 +330,7 @@ def _until_signal(parent=None):
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
 
-# %% ../nbs/35_run.ipynb #1f6c1660
+# %% ../nbs/35_run.ipynb #b3a03790
 def main(argv=None) -> int:  # 0; 1 if a method failed; 2 for wrong options or missing data; 130 after Ctrl-C
     "Train the pending runs of a benchmark within the time given, and say what there is."
     parser = _parser()
@@ -329,7 +338,7 @@ def main(argv=None) -> int:  # 0; 1 if a method failed; 2 for wrong options or m
     if given.parent: torch.set_num_threads(1)
     with _until_signal(given.parent) as stop:
         try:
-            methods, seeds = given.methods.split(","), [int(seed) for seed in given.seeds.split(",")]
+            methods, seeds = split_methods(given.methods), [int(seed) for seed in given.seeds.split(",")]
             hyper = parse_hyper(given.hyper)
             check_names(given.benchmark, methods, given.scale, hyper, given.device or "cpu")
             benchmark = get_benchmark(given.benchmark)

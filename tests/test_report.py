@@ -108,8 +108,9 @@ def test_report_runs_of_different_sizes_are_not_mixed(change):
 def test_report_runs_of_other_hyperparameters_or_data_are_not_mixed():
     other = record("EW", 1)
     other["config"]["hyper"] = {"c": 1}
+    assert list(groups(record("EW", 0), other)) == ["STL", "EW", "EW(c=1)"]
     with pytest.raises(ValueError, match="hyper differ"):
-        groups(record("EW", 0), other)
+        group_records([record("EW", 0), other], key=lambda record: record["config"]["method"])
     with pytest.raises(ValueError, match="data differ"):
         groups(record("EW", 0, data={"hash": "y", "note": ""}))
     with pytest.raises(ValueError, match="two records of 'EW', seed 0"):
