@@ -6,7 +6,7 @@
 __all__ = ['ask', 'Page', 'open_page', 'metric_columns', 'result_rows', 'table_caption', 'printed_gains', 'gains_figure',
            'gain_rows', 'losses_figure', 'loss_rows']
 
-# %% ../nbs/38_pages.ipynb #e15f46df
+# %% ../nbs/38_pages.ipynb #5e08d1c6
 import textwrap
 from dataclasses import dataclass
 
@@ -18,30 +18,30 @@ from .records import figures_folder, project_root
 from .registry import method_names
 from .report import delta_p_by_seed, describe_runs, estimate, group_records, lost_runs, mean_ranks
 from .report import records_to_draw, results_by_seed, task_gains_by_seed, why_missing, worst_tasks
-from .run import run_all
+from .run import label_of, run_all, split_methods
 from .style import PAGE, printed_name
 
-# %% ../nbs/38_pages.ipynb #1eb98d96
+# %% ../nbs/38_pages.ipynb #74ac1019
 def ask(
     benchmark: str,
-    methods: str,  # separated by commas
+    methods: str,  # names or labels such as "DB-MTL(beta=0.1)", separated by commas
     seeds: str,  # separated by commas; empty: 0 at smoke scale, else 0,1,2
     scale: str,
     budget: str = "",  # such as "25m"; empty: until all is done
     **options,  # of `run_all`
 ) -> list[dict]:  # records, and stubs of runs that a budget left pending
     "The runs that a notebook asks for, with a check that they were really made."
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    names = split_methods(methods)
     numbers = [int(seed) for seed in str(seeds).split(",") if seed.strip()] or ([0] if scale == "smoke" else [0, 1, 2])
     made = run_all(benchmark, names, numbers, scale, budget=budget or None, **options)
-    if len(made) != len(set(names)) * len(set(numbers)): raise RuntimeError(f"{len(made)} runs came back of {names} x {numbers}")
+    if len(made) != len(names) * len(set(numbers)): raise RuntimeError(f"{len(made)} runs came back of {names} x {numbers}")
     for run in made:
-        known, what = run["status"] in ("already there", "pending"), f"{run['config']['method']}, seed {run['config']['seed']}"
+        known, what = run["status"] in ("already there", "pending"), f"{label_of(run)}, seed {run['config']['seed']}"
         if not budget and run["state"] not in ("finished", "diverged", "failed"): raise RuntimeError(f"{what} is {run['state']}")
         if not known and run["steps_now"] < 1: raise RuntimeError(f"{what} took no optimizer step")
     return made
 
-# %% ../nbs/38_pages.ipynb #395834b0
+# %% ../nbs/38_pages.ipynb #b7c10187
 @dataclass(frozen=True)
 class Page:
     "The records of one scale of a benchmark, and what they are compared with."
@@ -55,6 +55,7 @@ class Page:
     printed_gain: dict  # {method: Printed} of the paper
     protocol: str  # "best" or "last ten"
     about: str  # what was run, in words
+    wanted: tuple = ()  # methods that the page is about, run or not
 
     @property
     def folder(self):  # unfinished runs are no result: their pictures go to an ignored folder
@@ -65,31 +66,38 @@ class Page:
     def tasks(self): return self.benchmark.task_names
 
     @property
-    def methods(self): return list(self.groups)
+    def methods(self): return list(dict.fromkeys([*self.groups, *self.wanted]))
 
-# %% ../nbs/38_pages.ipynb #915d2c0a
+# %% ../nbs/38_pages.ipynb #40756fb9
 def open_page(
     benchmark,  # a Benchmark, or its name
     made: list[dict],  # from `ask`
     protocol: str = "best",  # epoch by validation, where there is one; or "last ten": their average
     paper: str | None = None,  # the paper's name of the benchmark; None: no printed numbers belong to these data
     only_made: bool = False,  # show these runs, whatever records there are
+    methods=None,  # labels that the page is about; None: all methods that have records
 ) -> Page:
     "The records to show, grouped, with their improvements over STL."
     benchmark = get_benchmark(benchmark)
-    scale, records = (made[0]["config"]["scale"]["name"], made) if only_made else records_to_draw(benchmark, made)
-    if benchmark.scale(scale).extra.get("source") == "generated": paper = None
-    groups = group_records(records)
-    known = [name for name in ["STL", *method_names()] if name in groups]
-    groups = {name: groups[name] for name in [*known, *(n for n in groups if n not in known)]}
+    scale, records = made[0]["config"]["scale"]["name"], made
+    if not only_made:
+        scale, records = records_to_draw(benchmark, made, methods=methods)
+        if scale == "smoke": scale, records = "not run", []
+    if records and benchmark.scale(scale).extra.get("source") == "generated": paper = None
+    groups, order = group_records(records), ["STL", *(method_names() if methods is None else methods)]
+    groups = {name: groups[name] for name in [*(n for n in order if n in groups), *(n for n in groups if n not in order)]}
     printed, summary = (paper_table(paper), _printed_averages(paper)) if paper else ({}, {})
+    gain, gains = delta_p_by_seed(groups, protocol=protocol), task_gains_by_seed(groups, protocol=protocol)
+    about = _about(records, groups, paper, scale) if records else f"Ours: {benchmark.name} was not run."
+    return Page(benchmark, scale, records, groups, gain, gains, printed, summary, protocol, about, tuple(methods or ()))
+
+
+def _about(records, groups, paper, scale):
     small = " Early training: order and signs can be compared with the paper, sizes cannot." if paper and scale != "paper" else ""
     alone = "" if paper else " Nothing in the paper is about such runs: there are no printed numbers to compare with."
     notes = sorted({note for record in records for note in record.get("notes", [])})
     lost = "".join(f" {run}." for run in lost_runs(groups))
-    about = f"Ours: {describe_runs(records)}.{small}{alone}{lost}" + "".join(f" {note}." for note in notes if len(notes) < 4)
-    gain, gains = delta_p_by_seed(groups, protocol=protocol), task_gains_by_seed(groups, protocol=protocol)
-    return Page(benchmark, scale, records, groups, gain, gains, printed, summary, protocol, about)
+    return f"Ours: {describe_runs(records)}.{small}{alone}{lost}" + "".join(f" {note}." for note in notes if len(notes) < 4)
 
 # %% ../nbs/38_pages.ipynb #27dd1079
 def _printed_averages(paper) -> dict:
@@ -107,7 +115,7 @@ def metric_columns(
     return {(task, metric): metric if counts[metric] == 1 else task if len(directions[task]) == 1 else f"{task} {metric}"
             for task, metric in pairs}
 
-# %% ../nbs/38_pages.ipynb #adc21be5
+# %% ../nbs/38_pages.ipynb #9a35aaf2
 def result_rows(
     page: Page,
 ) -> list[dict]:  # for `markdown_table` and `write_table`
@@ -126,7 +134,11 @@ def result_rows(
         rows.append({"method": printed_name(name), "source": "ours", **found, "delta_p": shown, "worst task": low,
                      "mean rank": ranks.get(name)})
         if name in page.printed: rows.append(_printed_row(page, name, columns, "paper"))
-    return rows + [_printed_row(page, name, columns, "paper; ours not run") for name in page.printed if name not in page.groups]
+    rows += [_printed_row(page, name, columns, "paper; ours not run") for name in page.printed
+             if name not in page.groups and (not page.wanted or name in ("STL", *page.wanted))]
+    known = {row["method"] for row in rows}
+    return rows + [{"method": printed_name(name), "source": "ours", "delta_p": "not run"} for name in page.wanted
+                   if printed_name(name) not in known]
 
 
 def _printed_row(page, name, columns, source):
@@ -165,7 +177,7 @@ def printed_gains(
     each = {m: {0: delta_p_per_task(page.printed[m], page.printed["STL"], page.benchmark.directions)} for m in names}
     return {m: {0: page.printed_gain[m].value} for m in methods if m in page.printed_gain}, each
 
-# %% ../nbs/38_pages.ipynb #5fa2e113
+# %% ../nbs/38_pages.ipynb #c4ebb067
 def gains_figure(
     page: Page,
     methods=None,  # those drawn; None: all but STL
@@ -195,7 +207,7 @@ def gains_figure(
     return fig
 
 
-def _footer(page): return textwrap.fill(describe_runs(page.records), 150)
+def _footer(page): return textwrap.fill(describe_runs(page.records) if page.records else page.about, 150)
 
 # %% ../nbs/38_pages.ipynb #b5f83842
 def gain_rows(

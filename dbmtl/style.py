@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'STYLE', 'FAMILIES', 'COLORS', 'MARKERS', 'ALIASES', 'palette_png', 'use_style', 'printed_name',
-           'method_style', 'method_color', 'seed_band', 'annotate_scale', 'beside_paper', 'write_rows', 'save_figure']
+           'method_style', 'method_color', 'seed_band', 'annotate_scale', 'beside_paper', 'write_rows', 'round_svg',
+           'save_figure']
 
-# %% ../nbs/00_style.ipynb #ca38d371
+# %% ../nbs/00_style.ipynb #ba51e80c
 import csv
 import difflib
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -17,20 +19,20 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
-# %% ../nbs/00_style.ipynb #7e29334d
+# %% ../nbs/00_style.ipynb #6c03bcd4
 COLUMN, PAGE = 3.5, 7.2  # figure widths in inches: one column, the whole page
 
 STYLE = {
     "figure.dpi": 100, "savefig.dpi": 100, "figure.figsize": (COLUMN, 2.5), "figure.constrained_layout.use": True,
     "figure.facecolor": "white", "savefig.facecolor": "white",
-    "font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8,
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Verdana"], "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8,
     "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
     "axes.grid": True, "axes.axisbelow": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.5,
     "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5, "ytick.major.size": 2.5,
     "lines.linewidth": 1.2, "lines.markersize": 4, "patch.linewidth": 0.6, "errorbar.capsize": 2,
     "axes.prop_cycle": mpl.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]),
-    "svg.fonttype": "path", "svg.hashsalt": "dbmtl",
+    "svg.fonttype": "none", "svg.hashsalt": "dbmtl",
 }  # fmt: skip
 
 # %% ../nbs/00_style.ipynb #05b3cdd3
@@ -79,12 +81,12 @@ def printed_name(
     "A method's name as the paper prints it, for labels."
     return {"loss-only": "loss only", "gradient-only": "gradient only"}.get(name, name)
 
-# %% ../nbs/00_style.ipynb #caa520c6
+# %% ../nbs/00_style.ipynb #88ecba7f
 def method_style(
     name: str,  # a method of `make_balancer`, as the paper prints it, or such a name with "+log"
 ) -> dict:
     "Keyword arguments for `ax.plot` that make `name` look the same in every figure."
-    known = ALIASES.get(name, name)
+    known = ALIASES.get(name, name).split("(")[0]  # settings of its own do not change a method's look
     base = known.removesuffix("+log")
     if base not in COLORS:
         near = difflib.get_close_matches(base, COLORS, 1, 0)
@@ -171,7 +173,12 @@ def write_rows(
             writer.writerow(cells)
     return Path(path)
 
-# %% ../nbs/00_style.ipynb #18eaf940
+# %% ../nbs/00_style.ipynb #c6f81b9c
+def round_svg(text: str) -> str:
+    "The same picture with coordinates of at most two decimals."
+    return re.sub(r"(?<![\w#.])-?\d+\.\d{3,}(?![\w.])", lambda found: f"{round(float(found[0]), 2) + 0.0:g}", text)
+
+# %% ../nbs/00_style.ipynb #b5d05fd5
 def save_figure(
     fig,  # matplotlib figure
     stem: str,  # file name without ending
@@ -182,7 +189,9 @@ def save_figure(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     svg, png = folder / f"{stem}.svg", folder / f"{stem}.png"
+    drawn = io.StringIO()
     with mpl.rc_context({key: STYLE[key] for key in ("svg.hashsalt", "svg.fonttype")}):
-        fig.savefig(svg, metadata={"Date": None, "Creator": None})
+        fig.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+    svg.write_text(round_svg(drawn.getvalue()), encoding="utf-8", newline="\n")
     png.write_bytes(palette_png(fig))
     return [svg, png] + ([write_rows(data, folder / f"{stem}.csv")] if data is not None else [])
