@@ -37,7 +37,12 @@ def render(notebook):
     # in the notebook pictures are beside nbs/ and neighbours in it; in the README they are below
     text = "\n\n".join(part for part in parts if part) + "\n"
     text = re.sub(r"\]\((?=[\w]+\.ipynb)", "](nbs/", text).replace("](../", "](")
-    return re.sub(r"<!-- include (\S+) -->", lambda found: (ROOT / found[1]).read_text(encoding="utf-8").strip(), text)
+    return re.sub(r"<!-- include (\S+) -->", lambda found: included(ROOT / found[1]), text)
+
+
+def included(path):
+    """A file's content; its links to files beside its own folder start at the README's."""
+    return path.read_text(encoding="utf-8").strip().replace("](../", "](")
 
 
 def main(target=ROOT / "README.md"):

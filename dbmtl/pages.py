@@ -177,7 +177,7 @@ def printed_gains(
     each = {m: {0: delta_p_per_task(page.printed[m], page.printed["STL"], page.benchmark.directions)} for m in names}
     return {m: {0: page.printed_gain[m].value} for m in methods if m in page.printed_gain}, each
 
-# %% ../nbs/38_pages.ipynb #c4ebb067
+# %% ../nbs/38_pages.ipynb #227ffb1f
 def gains_figure(
     page: Page,
     methods=None,  # those drawn; None: all but STL
@@ -187,7 +187,7 @@ def gains_figure(
 
     methods = [m for m in (methods or page.methods) if m != "STL"]
     why = {m: why_missing(page.groups, m, protocol=page.protocol).split(":")[0] for m in methods}
-    rows = [("ours", page.gain, page.gains, why)]
+    rows = [("ours", page.gain, page.gains, why)] if page.groups or not page.printed else []
     if page.printed: rows.append(("printed in the paper", *printed_gains(page, methods), "not printed"))
     panels = 1 + len(page.tasks)
     columns = 2 if len(methods) > 8 else panels if panels < 6 else 4
@@ -200,8 +200,13 @@ def gains_figure(
             known = {name: {seed: run[task] for seed, run in runs.items() if task in run} for name, runs in gains.items()}
             title = task if columns == panels else f"{task}, {label.split()[0]}"
             seed_bars(ax, known, methods, words).set_title(title, loc="left")
-        for ax in axes[:panels]: ax.tick_params("x", labelrotation=40 if len(methods) < 5 else 90, labelsize=6)
+        for ax in axes[:panels]:
+            ax.tick_params("x", labelrotation=40 if len(methods) < 5 else 90, labelsize=6)
+            if not ax.patches: ax.tick_params("y", left=False, labelleft=False)  # nothing to read off
+        if columns == 2:  # so many names once a column: more of the page for the bars
+            for ax in axes[:panels - 2]: ax.tick_params("x", labelbottom=False)
         for ax in axes[panels:]: ax.axis("off")
+    if len(rows) == 1 and page.printed: fig.suptitle("ours: not run", fontsize=8, color="#555555")
     fig.supylabel("improvement over STL (%)", fontsize=8)
     fig.supxlabel(_footer(page), fontsize=5.5, color="gray")
     return fig

@@ -8,7 +8,7 @@ __all__ = ['group_records', 'lost_runs', 'results_by_seed', 'mean_results', 'unt
            'verdict', 'compared', 'records_to_draw', 'describe_runs', 'number', 'markdown_table', 'html_table',
            'write_table']
 
-# %% ../nbs/36_report.ipynb #7ef699db
+# %% ../nbs/36_report.ipynb #6622e9e8
 import html
 import math
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 from .benchmark import get_benchmark
 from .metrics import Interval, delta_p, delta_p_per_task, interval, mean_rank
 from .records import above_floor, configuration, is_stale, read_records, runs_folder, selected, write_atomically
+from .registry import method_names
 from .run import label_of
 from .style import write_rows
 
@@ -251,13 +252,13 @@ def compared(
     reason = "; ".join(why if len(weights) == 1 else f"{method} {why}" for method, why in reasons.items() if why)
     return {"ours": reason or "no common seed", "paper": paper, "verdict": "not run" if "not run" in reason else "none"}
 
-# %% ../nbs/36_report.ipynb #7e933085
+# %% ../nbs/36_report.ipynb #77740d0f
 def records_to_draw(
     benchmark,  # a Benchmark, or its name
     made: list[dict],  # what `run_all` just returned
     baseline: str = "STL",
     folder=None,  # of committed records; `runs_folder` if None
-    methods=None,  # the labels that a figure is about; None: every method without settings of its own
+    methods=None,  # the labels that a figure is about; None: every method of the registry, without settings of its own
 ) -> tuple[str, list[dict]]:  # scale and records
     "Records at the best scale where the baseline and half of `methods` (two where None) are finished, else those made."
     benchmark, known = get_benchmark(benchmark), None if methods is None else {*methods, baseline}
@@ -274,7 +275,7 @@ _best_first = ("paper", "gpu", "paper-scratch", "gpu-scratch", "cpu", "early", "
 
 def _as_now(record, benchmark, scale, known):
     method, hyper, seed = (record["config"][key] for key in ("method", "hyper", "seed"))
-    if hyper if known is None else label_of(record) not in known: return False
+    if (hyper or method not in ("STL", *method_names())) if known is None else label_of(record) not in known: return False
     return record["config"] == configuration(benchmark, method, seed, scale, hyper)
 
 # %% ../nbs/36_report.ipynb #09c0c2e6

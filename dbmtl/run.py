@@ -6,9 +6,10 @@
 __all__ = ['parse_duration', 'method_label', 'label_of', 'parse_method', 'split_methods', 'hyper_of', 'check_names', 'plan',
            'run_all', 'run_table', 'parse_hyper', 'main']
 
-# %% ../nbs/35_run.ipynb #c6f886e6
+# %% ../nbs/35_run.ipynb #1aebc760
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 
 from .benchmark import benchmark_module, benchmark_names, get_benchmark, unknown_name
-from .records import configuration, find_record, is_stale, runs_folder, write_atomically
+from .records import configuration, find_record, is_stale, record_path, run_identity, runs_folder, write_atomically
 from .registry import make_balancer, method_names
 from .train import train
 
@@ -95,15 +96,17 @@ def hyper_of(
     common = {name: value for name, value in hyper.items() if not isinstance(value, dict)}
     return own if method == "STL" else common | hyper.get(method, {}) | own
 
-# %% ../nbs/35_run.ipynb #495f069a
+# %% ../nbs/35_run.ipynb #f6607d34
 def check_names(
     benchmark,
     methods,  # names or labels
     scale: str,
     hyper: dict | None = None,
     device="cpu",
+    cluster=None,  # a name, or None: on this machine
 ):
     "Raise ValueError, with the nearest name, for anything that does not exist."
+    if isinstance(cluster, str) and cluster not in _CLUSTERS: raise unknown_name("cluster", cluster, _CLUSTERS)
     benchmark, known = get_benchmark(benchmark), [*method_names(), "STL"]
     benchmark.scale(scale)
     if not methods: raise ValueError(f"no methods given: some of {', '.join(known)}")
@@ -120,8 +123,9 @@ def check_names(
         if name == "STL": continue
         try: make_balancer(name, shared=torch.nn.Linear(1, 1), num_tasks=len(benchmark.tasks), **own)
         except TypeError as error: raise ValueError(f"{name} does not take {own}: {error}") from error
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    if torch.device(device).type == "cuda" and cluster is None and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r}: this torch sees no CUDA device; use cpu")
+_CLUSTERS = {"ray": "RayCluster", "dask": "DaskCluster"}  # of dbmtl.cluster, imported when asked for
 
 # %% ../nbs/35_run.ipynb #392c117d
 def plan(
@@ -163,8 +167,8 @@ def _counts(record, monitor_every, checkpoints) -> bool:
     if record["state"] == "failed" and is_stale(record): return False
     return record["config"]["method"] == "STL" or monitor_every == 0 or record["monitor_every"] > 0
 
-# %% ../nbs/35_run.ipynb #3eea7e5e
-def _run_here(runs, benchmark, scale, out, device, deadline, stop, options) -> list[dict]:
+# %% ../nbs/35_run.ipynb #e3b1d2b0
+def _run_here(runs, benchmark, scale, out, device, deadline, stop, options, since=None) -> list[dict]:
     "Train the pending runs one after another in this process."
     results, loaded = [], (None, None)
     for run in runs:
@@ -183,14 +187,28 @@ def _run_here(runs, benchmark, scale, out, device, deadline, stop, options) -> l
         if loaded[0] != run["seed"]:
             loaded = None, None  # before loading: two data sets may not fit on the device
             loaded = run["seed"], benchmark.load(benchmark.scale(scale), device, run["seed"])
+        fresh = options["fresh"] and not _repeated(run, loaded[1], out, options["checkpoints"], since)
+        if options["fresh"] and not fresh:
+            record = _recorded(run, out, 0, options["checkpoints"])
+            if record:
+                results.append(_found(run | {"record": record}))
+                continue
         try: result = train(benchmark, run["method"], run["seed"], scale, device, out, left, run["hyper"], loaded[1],
-                            stop=stop, **options)
+                            stop=stop, **options | {"fresh": fresh})
         except BlockingIOError: result = _stub(run, "pending", "another process works on it")
         except TypeError as error:
             if "at feature level" not in str(error): raise
             result = _stub(run, "failed", f"cannot run on {benchmark.name}: {error}")
         results.append(result | {"status": _status(result)})
     return results
+
+
+def _repeated(run, data, out, checkpoints, since) -> bool:
+    "Has an earlier attempt, begun at the time `since`, left something of this run?"
+    if since is None: return False
+    identity = run_identity(run["config"], data.hash)
+    left = [*Path(checkpoints or Path(out) / "checkpoints").glob(f"{identity}.pt*"), record_path(out, run["config"], identity)]
+    return any(path.exists() and path.stat().st_mtime >= since for path in left)
 
 
 def _stub(run, state, reason="") -> dict:
@@ -206,17 +224,23 @@ def _status(result) -> str:
     told = {"finished": "done now", "stopped": f"stopped at step {result['step']} of {result['steps']}"}
     return told.get(result["state"], result["state"])
 
-# %% ../nbs/35_run.ipynb #42a3ef64
-def _command(run, benchmark, scale, out, device, deadline, report, options) -> list[str]:
-    "The command line of one run."
-    line = [sys.executable, "-m", "dbmtl.run", "--benchmark", benchmark.name, "--methods", run["method"],
-            "--seeds", str(run["seed"]), "--scale", scale, "--out", str(out), "--device", str(device),
-            "--report", str(report), "--parent", str(os.getpid())]
+# %% ../nbs/35_run.ipynb #2787464e
+def _arguments(run, benchmark, scale, out, device, options) -> list[str]:
+    "The options of the command line of one run, wherever it is done."
+    line = ["--benchmark", benchmark.name, "--methods", run["method"], "--seeds", str(run["seed"]), "--scale", scale,
+            "--out", str(Path(out).resolve()), "--device", str(device)]
     for name, value in run["hyper"].items(): line += ["--hyper", f"{run['method']}:{name}={json.dumps(value)}"]
-    if deadline is not None: line += ["--budget", f"{max(deadline - time.monotonic(), 0.001):.3f}s"]
-    for name in ("checkpoints", "checkpoint_seconds", "monitor_every"):
+    if options.get("checkpoints") is not None: line += ["--checkpoints", str(Path(options["checkpoints"]).resolve())]
+    for name in ("checkpoint_seconds", "monitor_every"):
         if options.get(name) is not None: line += ["--" + name.replace("_", "-"), str(options[name])]
     return line + ["--fresh"] * bool(options.get("fresh"))
+
+
+def _command(run, benchmark, scale, out, device, deadline, report, options) -> list[str]:
+    "The command line of one run on this machine."
+    line = [sys.executable, "-m", "dbmtl.run", *_arguments(run, benchmark, scale, out, device, options),
+            "--report", str(report), "--parent", str(os.getpid())]
+    return line if deadline is None else [*line, "--budget", f"{max(deadline - time.monotonic(), 0.001):.3f}s"]
 
 
 def _start(run, folder, number, *arguments):
@@ -228,7 +252,7 @@ def _start(run, folder, number, *arguments):
                                    stderr=file, env=environment, start_new_session=True)
     return process, report, errors
 
-# %% ../nbs/35_run.ipynb #9a913d6e
+# %% ../nbs/35_run.ipynb #5a831ab3
 def _run_jobs(runs, jobs, benchmark, scale, out, device, deadline, stop, options) -> list[dict]:
     "Train the pending runs in processes of their own, `jobs` at a time."
     results = {i: _found(run) for i, run in enumerate(runs) if run["record"]}
@@ -245,7 +269,9 @@ def _run_jobs(runs, jobs, benchmark, scale, out, device, deadline, stop, options
                     i = waiting.pop(0)
                     active[i] = _start(runs[i], folder, i, benchmark, scale, out, device, deadline, options)
                 for i in [i for i, (process, _, _) in active.items() if process.poll() is not None]:
-                    results[i] = _collect(runs[i], out, *active.pop(i))
+                    process, report, errors = active.pop(i)
+                    done = json.loads(report.read_text()) if report.exists() else None
+                    results[i] = _collect(runs[i], out, process.returncode, done, errors.read_text()[-2000:])
                 time.sleep(0.02)
         finally:
             if not told: _stop_all(active)
@@ -258,17 +284,48 @@ def _stop_all(active):
         if process.poll() is None: process.send_signal(signal.SIGTERM)
 
 
-def _collect(run, out, process, report, errors) -> dict:
-    "What a finished process did."
-    if not report.exists():
-        end = f"{run['method']} seed {run['seed']} ended with {process.returncode}"
-        kind = FileNotFoundError if process.returncode == 2 else RuntimeError  # 2: it said what was missing
-        raise kind(f"{end}:\n{errors.read_text()[-2000:]}".rstrip())
-    done = json.loads(report.read_text())
+def _collect(run, out, code, done, errors) -> dict:
+    "What a finished process did: `done` is its report, or None."
+    if done is None:
+        end = f"{run['method']} seed {run['seed']} ended with {code}"
+        kind = FileNotFoundError if code == 2 else RuntimeError  # 2: it said what was missing
+        raise kind(f"{end}:\n{errors}".rstrip())
     record = find_record(run["config"], out) if done["state"] in ("finished", "diverged", "failed") else None
     return (record or {}) | done
 
-# %% ../nbs/35_run.ipynb #d31a815b
+# %% ../nbs/35_run.ipynb #73c90f19
+def _run_cluster(runs, cluster, jobs, benchmark, scale, out, device, deadline, stop, options) -> list[dict]:
+    "Train the pending runs on the workers of a cluster."
+    module = importlib.import_module("dbmtl.cluster")
+    own = isinstance(cluster, str)
+    if own: cluster = getattr(module, _CLUSTERS[cluster])(gpu=torch.device(device).type == "cuda")
+    results = {i: _found(run) for i, run in enumerate(runs) if run["record"]}
+    orders = {i: _arguments(run, benchmark, scale, out, device, options) for i, run in enumerate(runs) if i not in results}
+    variables = {name: os.path.abspath(value) for name, value in os.environ.items() if name.startswith("DBMTL_")}
+    ended = module.run_on(cluster, orders, options["checkpoints"] or out / "checkpoints", jobs if jobs > 1 else None,
+                          lambda: None if deadline is None else deadline - time.monotonic(), stop, variables)
+    try:
+        with contextlib.closing(ended):
+            for i, outcome in ended: results[i] = _returned(runs[i], out, outcome)
+    finally:
+        if own: cluster.close()
+    return [results.get(i, _stub(run, "pending")) for i, run in enumerate(runs)]
+
+
+def _returned(run, out, outcome, patience=60.0) -> dict:
+    "What came back from a worker; another machine's file may take a while to be seen."
+    if "lost" in outcome or (outcome["report"] is None and (outcome["code"] or 0) <= 0): return _stub(run, "pending")
+    end = time.monotonic() + patience
+    while True:
+        result = _collect(run, out, outcome["code"], outcome["report"], outcome["errors"])
+        unrecorded = result["state"] in ("stopped", "pending") or result["reason"].startswith("cannot run on")
+        if unrecorded or "curves" in result: return result
+        if time.monotonic() > end:
+            raise RuntimeError(f"{run['method']} seed {run['seed']} ended on {outcome['host']}, but its record is not in {out}: "
+                               "records must be in a folder that all machines share")
+        time.sleep(0.2)
+
+# %% ../nbs/35_run.ipynb #0d263885
 def run_all(
     benchmark,  # a Benchmark, or its name
     methods,  # names of the registry and "STL", or labels such as "DB-MTL(beta=0.1)"
@@ -277,7 +334,7 @@ def run_all(
     out=None,  # folder of records; `runs_folder(scale)` if None
     budget=None,  # a duration for all of it, like "25m"; None: no limit
     device=None,  # None: cuda where there is one and the scale is gpu or paper
-    jobs: int = 1,  # processes; from 2 on each run has one of its own, with one thread
+    jobs: int = 1,  # processes; from 2 on each run has one of its own, with one thread; at most so many on a cluster
     fresh: bool = False,  # run again what is done
     hyper: dict | None = None,  # {"beta": 0.1} or {"DB-MTL": {"beta": 0.1}}
     monitor_every: int = 0,
@@ -285,30 +342,35 @@ def run_all(
     checkpoint_seconds: float = 60.0,
     progress: bool | None = None,
     stop=None,  # () -> bool
+    cluster=None,  # "ray" or "dask": on the workers of that cluster; or a back end as in 91_cluster
+    since: float | None = None,  # with fresh: what was written after this time is not run again
 ) -> list[dict]:
     "The records of methods times seeds: found, or trained within the time."
     if jobs < 1: raise ValueError(f"jobs must be 1 or more, not {jobs!r}")
     deadline = None if budget is None else time.monotonic() + parse_duration(budget)
     benchmark, methods = get_benchmark(benchmark), [methods] if isinstance(methods, str) else list(methods)
     if device is None: device = "cuda" if scale.startswith(("gpu", "paper")) and torch.cuda.is_available() else "cpu"
-    check_names(benchmark, methods, scale, hyper, device)
+    check_names(benchmark, methods, scale, hyper, device, cluster)
     out = Path(runs_folder(scale) if out is None else out)
     runs = plan(benchmark, methods, seeds, scale, out, hyper, fresh, monitor_every, checkpoints)
     options = {"checkpoints": checkpoints, "checkpoint_seconds": checkpoint_seconds,
                "monitor_every": monitor_every, "fresh": fresh}
-    if jobs < 2 or all(run["record"] for run in runs):
-        return _run_here(runs, benchmark, scale, out, device, deadline, stop, options | {"progress": progress})
+    if (jobs < 2 and cluster is None) or all(run["record"] for run in runs):
+        return _run_here(runs, benchmark, scale, out, device, deadline, stop, options | {"progress": progress}, since)
     if not benchmark_module(benchmark.name):
         raise ValueError(f"jobs={jobs}: processes find a benchmark by its name, and {benchmark.name!r} is in no table")
+    if cluster is not None:
+        return _run_cluster(runs, cluster, jobs, benchmark, scale, out, device, deadline, stop, options)
     return _run_jobs(runs, jobs, benchmark, scale, out, device, deadline, stop, options)
 
-# %% ../nbs/35_run.ipynb #24b4a06b
+# %% ../nbs/35_run.ipynb #230fed31
 def run_table(records: list[dict]) -> str:
     "A line a run: method, seed, what became of it, steps."
     rows = [("method", "seed", "status", "steps now", "reason")]
     for r in records:
         config, reason = r["config"], (r.get("reason") or "")[:60]
-        rows.append((method_label(config["method"], config["hyper"]), str(config["seed"]), r["status"], str(r["steps_now"]), reason))
+        label = method_label(config["method"], config["hyper"])
+        rows.append((label, str(config["seed"]), r["status"], str(r["steps_now"]), reason))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
@@ -328,7 +390,7 @@ def parse_hyper(
         (hyper.setdefault(method, {}) if found else hyper)[key] = value
     return hyper
 
-# %% ../nbs/35_run.ipynb #00c63604
+# %% ../nbs/35_run.ipynb #380ca47f
 def _parser() -> argparse.ArgumentParser:
     "The options of `python -m dbmtl.run`."
     parser = argparse.ArgumentParser(prog="python -m dbmtl.run", description=main.__doc__)
@@ -341,6 +403,8 @@ def _parser() -> argparse.ArgumentParser:
     option("--budget", type=_argument(parse_duration), help="stop at a checkpoint after this time: 90s, 25m, 1h30m")
     option("--out", help="folder of the records (figures/runs, or out/smoke/runs at smoke scale)")
     option("--jobs", type=_argument(_processes), default=1, help="processes; from 2 on each has one thread")
+    option("--cluster", metavar="|".join(_CLUSTERS), help="send the runs to a cluster that exists (RAY_ADDRESS, "
+           "DASK_SCHEDULER_ADDRESS); with --jobs at most so many at a time; OUT must be shared by all machines")
     option("--device", help="cpu or cuda")
     option("--checkpoints", help="folder of the checkpoints (OUT/checkpoints)")
     option("--checkpoint-seconds", type=float, default=60.0, help="time between two checkpoints")
@@ -349,6 +413,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--monitor-every", type=int, default=0, help="steps between two looks at the raw task gradients")
     option("--report", help=argparse.SUPPRESS)
     option("--parent", type=int, help=argparse.SUPPRESS)
+    option("--since", type=float, help=argparse.SUPPRESS)
     return parser
 
 
@@ -377,7 +442,7 @@ def _until_signal(parent=None):
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
 
-# %% ../nbs/35_run.ipynb #b3a03790
+# %% ../nbs/35_run.ipynb #a2751fbb
 def main(argv=None) -> int:  # 0; 1 if a method failed; 2 for wrong options or missing data; 130 after Ctrl-C
     "Train the pending runs of a benchmark within the time given, and say what there is."
     parser = _parser()
@@ -387,7 +452,7 @@ def main(argv=None) -> int:  # 0; 1 if a method failed; 2 for wrong options or m
         try:
             methods, seeds = split_methods(given.methods), [int(seed) for seed in given.seeds.split(",")]
             hyper = parse_hyper(given.hyper)
-            check_names(given.benchmark, methods, given.scale, hyper, given.device or "cpu")
+            check_names(given.benchmark, methods, given.scale, hyper, given.device or "cpu", given.cluster)
             benchmark = get_benchmark(given.benchmark)
             if benchmark.data_hash: benchmark.data_hash(benchmark.scale(given.scale), seeds[0])  # refuses damaged files
         except (ValueError, RuntimeError) as error: parser.error(str(error))
@@ -396,7 +461,8 @@ def main(argv=None) -> int:  # 0; 1 if a method failed; 2 for wrong options or m
         options = {name: value for name, value in vars(given).items() if name not in own}
         try: records = run_all(**options, methods=methods, seeds=seeds, hyper=hyper,
                                stop=stop, progress=False if given.parent else None)
-        except (FileNotFoundError, ImportError) as error: parser.exit(2, f"{parser.prog}: error: {error}\n")
+        except (FileNotFoundError, ImportError, ConnectionError) as error:
+            parser.exit(2, f"{parser.prog}: error: {error}\n")
         stopped = stop()
     if given.report:
         keys = ("config", "state", "reason", "step", "steps", "steps_now", "status")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'STYLE', 'FAMILIES', 'COLORS', 'MARKERS', 'ALIASES', 'palette_png', 'use_style', 'printed_name',
-           'method_style', 'method_color', 'seed_band', 'annotate_scale', 'beside_paper', 'write_rows', 'round_svg',
+           'method_style', 'method_color', 'seed_band', 'annotate_scale', 'beside_paper', 'write_rows', 'small_svg',
            'save_figure']
 
 # %% ../nbs/00_style.ipynb #ba51e80c
@@ -19,31 +19,33 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
-# %% ../nbs/00_style.ipynb #6c03bcd4
+# %% ../nbs/00_style.ipynb #be4d696e
 COLUMN, PAGE = 3.5, 7.2  # figure widths in inches: one column, the whole page
 
 STYLE = {
     "figure.dpi": 100, "savefig.dpi": 100, "figure.figsize": (COLUMN, 2.5), "figure.constrained_layout.use": True,
     "figure.facecolor": "white", "savefig.facecolor": "white",
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Verdana"], "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8,
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Verdana"],
+    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8,
     "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
     "axes.grid": True, "axes.axisbelow": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.5,
     "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5, "ytick.major.size": 2.5,
-    "lines.linewidth": 1.2, "lines.markersize": 4, "patch.linewidth": 0.6, "errorbar.capsize": 2,
+    "path.simplify_threshold": 0.2, "lines.linewidth": 1.2, "lines.markersize": 4, "patch.linewidth": 0.6, "errorbar.capsize": 2,
     "axes.prop_cycle": mpl.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]),
     "svg.fonttype": "none", "svg.hashsalt": "dbmtl",
 }  # fmt: skip
 
-# %% ../nbs/00_style.ipynb #05b3cdd3
+# %% ../nbs/00_style.ipynb #6399b333
 def palette_png(
     fig,  # matplotlib figure
 ) -> bytes:
-    "The figure at its own size as a PNG with a palette of 128 colors and no metadata."
+    "The figure at its own size as a PNG with a palette and no metadata."
     raw, small = io.BytesIO(), io.BytesIO()
     fig.savefig(raw, format="png", dpi=STYLE["savefig.dpi"])
     picture = Image.open(raw).convert("RGB")
-    picture.quantize(128, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    colors = 128 if any(ax.images for ax in fig.axes) else 32
+    picture.quantize(colors, dither=Image.Dither.NONE).save(small, "png", optimize=True)
     return small.getvalue()
 
 # %% ../nbs/00_style.ipynb #d38b4745
@@ -173,12 +175,18 @@ def write_rows(
             writer.writerow(cells)
     return Path(path)
 
-# %% ../nbs/00_style.ipynb #c6f81b9c
-def round_svg(text: str) -> str:
-    "The same picture with coordinates of at most two decimals."
-    return re.sub(r"(?<![\w#.])-?\d+\.\d{3,}(?![\w.])", lambda found: f"{round(float(found[0]), 2) + 0.0:g}", text)
+# %% ../nbs/00_style.ipynb #ad9c87f7
+def small_svg(text: str) -> str:
+    "The same picture in fewer bytes: two decimals, one font, no numbered groups around single marks."
+    text = re.sub(r"(?<![\w#.])-?\d+\.\d{3,}(?![\w.])", lambda found: f"{round(float(found[0]), 2) + 0.0:g}", text)
+    text = re.sub(r' id="(?:line2d|text|[xy]tick|patch|axes|figure|legend|matplotlib\.axis|\w*Collection)_\d+"', "", text)
+    font = "font-family: 'DejaVu Sans', 'Verdana', sans-serif"
+    text = text.replace(f"; {font}", "").replace("<style type=\"text/css\">", f'<style type="text/css">text{{{font}}} ', 1)
+    text = re.sub(r"(?m)^\s+", "", text)
+    for _ in range(3): text = re.sub(r"<g>\s*(<(?:use|path|text)\b[^>]*?(?:/>|>[^<]*</text>))\s*</g>", r"\1", text)
+    return text
 
-# %% ../nbs/00_style.ipynb #b5d05fd5
+# %% ../nbs/00_style.ipynb #18b2dd86
 def save_figure(
     fig,  # matplotlib figure
     stem: str,  # file name without ending
@@ -192,6 +200,6 @@ def save_figure(
     drawn = io.StringIO()
     with mpl.rc_context({key: STYLE[key] for key in ("svg.hashsalt", "svg.fonttype")}):
         fig.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
-    svg.write_text(round_svg(drawn.getvalue()), encoding="utf-8", newline="\n")
+    svg.write_text(small_svg(drawn.getvalue()), encoding="utf-8", newline="\n")
     png.write_bytes(palette_png(fig))
     return [svg, png] + ([write_rows(data, folder / f"{stem}.csv")] if data is not None else [])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,8 @@ def test_notebook(name, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     assert (tmp_path / "out" / "notebooks" / f"{name}.ipynb").exists()
     notebook = ROOT / "nbs" / f"{name}.ipynb"
-    if "scale" in papermill.inspect_notebook(notebook) and "run_all(" in notebook.read_text(encoding="utf-8"):
+    asks = re.search(r"\b(run_all|ask)\(", notebook.read_text(encoding="utf-8"))
+    if asks and "scale" in papermill.inspect_notebook(notebook):
         records = [json.loads(path.read_text()) for path in tmp_path.glob("out/smoke/runs/*.json")]
         assert any(record["step"] > 0 for record in records)
 

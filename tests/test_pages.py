@@ -267,6 +267,9 @@ def test_pages_bars_have_labels_that_do_not_touch(count):
     titles = [ax.get_title(loc="left") for ax in figure.axes]
     assert [title.split(",")[0] for title in titles] == 2 * ["$\\Delta_p$", "segmentation", "depth", "normal"]
     for ax in figure.axes:
+        if count == 20 and not ax.get_title(loc="left").startswith(("depth", "normal")):
+            assert not any(label.get_visible() for label in ax.get_xticklabels())  # the names stand below
+            continue
         labels = [label.get_window_extent() for label in ax.get_xticklabels()]
         assert len(labels) == count
         if count > 5:  # vertical: their boxes are the letters

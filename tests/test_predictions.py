@@ -109,9 +109,10 @@ def test_predictions_are_drawn_again_from_their_albums(tmp_path):
         )
         assert first.shape == second.shape and np.abs(first - second).mean() < 2
         assert (tmp_path / "out" / "smoke" / "figures" / f"predictions_{stem}.png").exists()
-    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(
-        f"predictions_{stem}.{end}" for stem in ALBUMS for end in ("npz", "png")
-    )
+    made = {path.relative_to(tmp_path / "figures").as_posix() for path in tmp_path.glob("figures/**/*.*")}
+    assert made == {f"predictions_{stem}.{end}" for stem in ALBUMS for end in ("npz", "png")} | {
+        f"cards/predictions_{stem}.json" for stem in ALBUMS
+    }
 
 
 def test_predictions_of_real_images_stay_out_of_figures(tmp_path, monkeypatch):

@@ -1,0 +1,164 @@
+#!/usr/bin/env python3
+"""What a training step of every method costs, divided into forward, backward, balancing and optimizer, in one run.
+
+    python ci/benchmarks/method_cost.py [--benchmark nyuv2] [--scale generated] [--rounds 15] [--device cpu]
+
+All methods of the registry train the same network on the same generated samples, one step a round each, in an order
+drawn anew for each round, so that other work on the machine hits all alike; "sum(losses).backward()" is the same
+loop without dbmtl. CPU seconds of the process on one thread, or synchronized seconds on a CUDA device (never ran
+there). The first rounds, in which five epochs and the warm-ups of the methods end, are not counted. What is timed
+does not depend on the samples: they are generated at any scale, and the network starts from scratch.
+Writes method_cost.json and method_cost.md; notebook 77 draws the figure from the first.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+from pathlib import Path
+
+import torch
+
+from dbmtl.anatomy import StepCost, cost_rounds, numbers_kept, step_clock
+from dbmtl.benchmark import get_benchmark
+from dbmtl.records import environment
+from dbmtl.registry import method_names
+from dbmtl.train import Loop
+
+PLAIN = "sum(losses).backward()"
+PARTS = StepCost._fields[:4]
+
+
+def timed_scale(scale, epoch_steps=2):
+    """The scale with as many generated samples as an epoch of two steps needs."""
+    stand_in = {"source": "generated", **({"weights": "none"} if "weights" in scale.extra else {})}
+    few = {"train_size": epoch_steps * scale.batch_size, "eval_size": scale.batch_size}
+    return dataclasses.replace(scale, **few, extra=scale.extra | stand_in)
+
+
+def loop_maker(benchmark, data, scale, method, device, made):
+    """A function that makes the loop of a method and keeps it in `made`."""
+
+    def plain(losses, **_):
+        with torch.enable_grad():
+            sum(losses).backward()
+
+    def make():
+        name = "EW" if method == PLAIN else method
+        loop = made[method] = Loop(benchmark, data, benchmark.tasks, name, 0, scale, device)
+        if method == PLAIN:
+            loop.balancer.backward = plain
+        return loop
+
+    return make
+
+
+def kept(loop):
+    """Learned numbers, floats of the balancer's state, and what the optimizer keeps for the learned ones."""
+    learned = list(loop.balancer.parameters())
+    states = [loop.optimizer.state.get(p, {}) for p in learned]
+    moments = sum(v.numel() for state in states for v in state.values() if torch.is_tensor(v))
+    learned = sum(p.numel() for p in learned)
+    return {"learned": learned, "kept": numbers_kept(loop.balancer), "kept by the optimizer": moments}
+
+
+def learning_of_igb(loop, clock):
+    """Milliseconds a step of what IGBv2's agent does once in many steps, which no median shows."""
+    transform = loop.balancer.transform
+    start = clock()
+    transform._learn()
+    return round(1000 * (clock() - start) / transform.plan["update_every"], 3)
+
+
+def measure(benchmark, scale, methods, rounds, warm_up, device, seed=0):
+    benchmark = get_benchmark(benchmark)
+    name, scale = scale, timed_scale(benchmark.scale(scale))
+    data, clock, made = benchmark.load(scale, device, seed), step_clock(device), {}
+    makers = {method: loop_maker(benchmark, data, scale, method, device, made) for method in methods}
+    costs = cost_rounds(makers, rounds, warm_up, clock, seed)
+    done = {method: found for method, found in costs.items() if not isinstance(found, str)}
+    model = next(iter(made.values())).model
+    shared, total = (sum(p.numel() for p in part.parameters()) for part in (model.trunk, model))
+    tensors = len(list(model.trunk.parameters()))
+    result = {
+        "benchmark": benchmark.name, "scale": name, "data": data.note, "tasks": len(benchmark.tasks),
+        "batch": scale.batch_size, "width": scale.width, "options": scale.extra,
+        "parameters": {"shared": shared, "heads": total - shared, "shared tensors": tensors},
+        "network": type(model).__name__, "clock": "CPU ms" if clock is step_clock() else "synchronized ms",
+        "rounds": rounds, "warm_up": warm_up, **environment(device),
+        "ms": {method: {part: [round(1000 * getattr(cost, part), 2) for cost in found] for part in PARTS}
+               for method, found in done.items()},
+        "passes": {method: round(statistics.median(cost.passes for cost in found)) for method, found in done.items()},
+        "counts": {method: kept(made[method]) for method in done},
+        "failed": {method: found for method, found in costs.items() if isinstance(found, str)},
+    }  # fmt: skip
+    if "IGBv2" in done:
+        result["IGBv2 learns, ms a step"] = learning_of_igb(made["IGBv2"], clock)
+    return result
+
+
+def middle(costs):
+    """Median of every part, and their sum, in ms."""
+    medians = {part: statistics.median(values) for part, values in costs.items()}
+    return medians | {"total": math.fsum(medians.values())}
+
+
+def markdown(result):
+    medians = {method: middle(costs) for method, costs in result["ms"].items()}
+    unit = medians.get("EW", {}).get("total", math.nan)
+    lines = []
+    for method, ms in medians.items():
+        counts = result["counts"][method]
+        cells = [method, result["passes"][method], *(f"{ms[part]:.1f}" for part in (*PARTS, "total")),
+                 f"{ms['total'] / unit:.2f}", counts["learned"], f"{counts['kept']:,}"]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += [f"| {method} | failed: {reason} |" for method, reason in result["failed"].items()]
+    rows, size = "\n".join(lines), "x".join(map(str, result["options"].get("size", [])))
+    return f"""# The cost of a step of every method
+
+{result["network"]} of {result["benchmark"]}, width {result["width"]}, {result["data"]}, batch {result["batch"]}
+{"of " + size if size else ""}, T = {result["tasks"]}, {result["parameters"]["shared"]:,} shared parameters in
+{result["parameters"]["shared tensors"]} tensors; {result["device"]}, threads: {result["threads"]}, torch
+{result["versions"]["torch"]}; medians of {result["rounds"]} interleaved rounds, {result["clock"]}. Compare ratios, not
+milliseconds: other programs ran on the machine. `kept` is how many floats a checkpoint of the balancer holds.
+
+| method | passes | {" | ".join(PARTS)} | total | times EW | learned | kept |
+|{"---|" * (len(PARTS) + 6)}
+{rows}
+
+What IGBv2's agent learns once in 50 steps is in no median: {result.get("IGBv2 learns, ms a step", "-")} ms a step.
+
+Written by `ci/benchmarks/method_cost.py`.
+"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--benchmark", default="nyuv2")
+    parser.add_argument("--scale", default="generated")
+    parser.add_argument("--methods", help="separated by commas; default: all")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--warm-up", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "figures" / "benchmarks")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    methods = options.methods.split(",") if options.methods else [PLAIN, *method_names()]
+    result = measure(options.benchmark, options.scale, methods, options.rounds, options.warm_up, options.device)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "method_cost.json").write_text(dumped(result))
+    (options.out / "method_cost.md").write_text(markdown(result))
+    print(markdown(result))
+
+
+def dumped(result):
+    """JSON with a line for each list of numbers."""
+    text = json.dumps(result, indent=1)
+    parts = text.split("[")
+    return "[".join([parts[0], *(" ".join(p[: p.index("]")].split()) + p[p.index("]"):] for p in parts[1:])]) + "\n"
+
+
+if __name__ == "__main__":
+    main()
