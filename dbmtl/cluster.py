@@ -195,7 +195,14 @@ def _package(name: str, extra: str):
         if error.name != name.split(".")[0]: raise
         raise ImportError(f"--cluster {extra} needs {name}: pip install dbmtl[{extra}]") from error
 
-# %% ../nbs/91_cluster.ipynb #f609b5f4
+# %% ../nbs/91_cluster.ipynb #679ed1fc
+def _reachable(address: str) -> str:
+    "The address; raises OSError where it names a host and a port that nobody listens at."
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal(): socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    return address
+
+# %% ../nbs/91_cluster.ipynb #bf3b737f
 class RayCluster:
     "The Ray cluster of RAY_ADDRESS, or of this machine; raises ConnectionError if there is none."
 
@@ -203,7 +210,8 @@ class RayCluster:
         self.ray, before = _package("ray", "ray"), signal.getsignal(signal.SIGTERM)
         self.own = not self.ray.is_initialized()
         try:
-            if self.own: self.ray.init(os.environ.get("RAY_ADDRESS") or "auto", log_to_driver=False, logging_level="error")
+            address = os.environ.get("RAY_ADDRESS") or "auto"
+            if self.own: self.ray.init(_reachable(address), log_to_driver=False, logging_level="error")
         except Exception as error:  # Ray raises RuntimeError, ConnectionError or ValueError
             raise ConnectionError("no Ray cluster found: start one with `ray start --head`, or name it in RAY_ADDRESS "
                                   f"({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error

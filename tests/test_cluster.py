@@ -23,7 +23,7 @@ import pytest
 from dbmtl import cluster as module
 from dbmtl import run as lab
 from dbmtl.benchmark import toy
-from dbmtl.cluster import DaskCluster, RayCluster, WorkerLost, run_on, run_remotely
+from dbmtl.cluster import WorkerLost, run_on, run_remotely
 from dbmtl.records import read_records
 from dbmtl.run import main, run_all
 
@@ -146,6 +146,13 @@ def test_what_is_lost_after_the_stop_is_not_sent_again(tmp_path):
     script.wait = lambda handles, seconds: handles if len(asked) > 3 else []
     ended = swept(script, tmp_path, stop=lambda: asked.append(1) or len(asked) > 3)
     assert ended == {0: {"lost": "killed"}} and script.sent == ["0-1"]
+
+
+def test_a_stop_before_a_run_is_sent_again_tells_what_it_did(tmp_path):
+    first = DONE | {"report": FINISHED | {"state": "stopped", "step": 3}}
+    script, asked = Script({0: [first, DONE]}), []
+    ended = swept(script, tmp_path, stop=lambda: asked.append(1) or len(asked) == 3)
+    assert ended == {0: first} and script.sent == ["0-1"]
 
 
 def test_an_error_in_the_sweep_ends_the_sign(tmp_path):
@@ -528,14 +535,17 @@ def test_a_real_cluster_is_stopped_continued_and_loses_a_worker(name, tmp_path):
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize(("name", "kind"), [("ray", RayCluster), ("dask", DaskCluster)])
-def test_where_there_is_no_cluster_nothing_is_trained(name, kind, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("ray", {"RAY_ADDRESS": "127.0.0.1:1"}), ("dask", {"DASK_SCHEDULER_ADDRESS": "tcp://127.0.0.1:1"}), ("dask", {})],
+    ids=["ray", "dask", "dask without an address"],
+)
+def test_where_there_is_no_cluster_nothing_is_trained(name, found, tmp_path):
     need(name, *(["distributed"] if name == "dask" else []))
-    nowhere = {"RAY_ADDRESS": "auto", "RAY_TMPDIR": str(tmp_path), "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "1s"}
-    environment = os.environ | nowhere
+    environment = os.environ | {"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "1s"}
     environment.pop("DASK_SCHEDULER_ADDRESS", None)
-    process = sweep(name, tmp_path / "out", environment)
-    shown, errors = process.communicate(timeout=300)
+    process = sweep(name, tmp_path / "out", environment | found)
+    shown, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and shown == "" and "Traceback" not in errors
     assert f"python -m dbmtl.run: error: no {name.capitalize()} cluster found" in errors
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,9 @@ import dbmtl
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-HEAVY = "matplotlib seaborn scipy pandas tqdm nbdev fastcore execnb papermill IPython torch_geometric".split()
+HEAVY = (
+    "matplotlib seaborn scipy pandas tqdm nbdev fastcore execnb papermill IPython torch_geometric ray dask distributed"
+).split()
 IMPORT = """
 import json, sys, torch, numpy
 before = set(sys.modules)
