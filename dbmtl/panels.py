@@ -167,7 +167,7 @@ def legend_panel(
     ax.legend(loc="center", handlelength=3, labelspacing=0.8)
     return ax
 
-# %% ../nbs/37_panels.ipynb #9f9af863
+# %% ../nbs/37_panels.ipynb #605d4aa7
 def write_card(
     stem: str,  # of the picture or table
     folder,  # where the picture is
@@ -192,5 +192,6 @@ def _shown(records) -> dict | None:
     seeds = {}
     for record in records: seeds.setdefault(label_of(record), []).append(record["config"]["seed"])
     return {"scale": done[0]["config"]["scale"]["name"], "runs": len(records), "finished": len(done), "methods": len(seeds),
-            "fewest": min(map(len, seeds.values())), "seeds": max(map(len, seeds.values())), "device": sorted({record.get("device", "") for record in done}),
+            "fewest": min(map(len, seeds.values())), "seeds": max(map(len, seeds.values())),
+            "device": sorted({record.get("device", "") for record in done}),
             "older code": "older code" in describe_runs(records)}
