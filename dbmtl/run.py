@@ -390,7 +390,7 @@ def parse_hyper(
         (hyper.setdefault(method, {}) if found else hyper)[key] = value
     return hyper
 
-# %% ../nbs/35_run.ipynb #380ca47f
+# %% ../nbs/35_run.ipynb #c4117427
 def _parser() -> argparse.ArgumentParser:
     "The options of `python -m dbmtl.run`."
     parser = argparse.ArgumentParser(prog="python -m dbmtl.run", description=main.__doc__)
@@ -415,6 +415,11 @@ def _parser() -> argparse.ArgumentParser:
     option("--parent", type=int, help=argparse.SUPPRESS)
     option("--since", type=float, help=argparse.SUPPRESS)
     return parser
+
+
+def _seeds(text) -> list[int]:
+    try: return [int(seed) for seed in text.split(",")]
+    except ValueError: raise ValueError(f"--seeds takes whole numbers separated by commas, not {text!r}") from None
 
 
 def _processes(text) -> int:
@@ -442,7 +447,7 @@ def _until_signal(parent=None):
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
 
-# %% ../nbs/35_run.ipynb #a2751fbb
+# %% ../nbs/35_run.ipynb #2a509a9f
 def main(argv=None) -> int:  # 0; 1 if a method failed; 2 for wrong options or missing data; 130 after Ctrl-C
     "Train the pending runs of a benchmark within the time given, and say what there is."
     parser = _parser()
@@ -450,7 +455,7 @@ def main(argv=None) -> int:  # 0; 1 if a method failed; 2 for wrong options or m
     if given.parent: torch.set_num_threads(1)
     with _until_signal(given.parent) as stop:
         try:
-            methods, seeds = split_methods(given.methods), [int(seed) for seed in given.seeds.split(",")]
+            methods, seeds = split_methods(given.methods), _seeds(given.seeds)
             hyper = parse_hyper(given.hyper)
             check_names(given.benchmark, methods, given.scale, hyper, given.device or "cpu", given.cluster)
             benchmark = get_benchmark(given.benchmark)

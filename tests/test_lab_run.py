@@ -178,6 +178,7 @@ def test_an_interrupted_fresh_run_goes_on_though_its_old_record_is_there(tmp_pat
         ({"--benchmark": "toyy"}, "did you mean 'toy'"),
         ({"--methods": "EW,DBMTL"}, "did you mean 'DB-MTL'"),
         ({"--methods": "EW,"}, "empty name"),
+        ({"--seeds": "0,a"}, "--seeds takes whole numbers"),
         ({"--scale": "smok"}, "did you mean 'smoke'"),
         ({"--seeds": "0,one"}, "one"),
         ({"--budget": "soon"}, "like 90s, 25m or 1h30m"),

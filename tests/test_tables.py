@@ -190,7 +190,9 @@ def test_table5_printed_columns_and_verdicts(name):
             assert row["paper"] == text
         else:
             assert float(row["paper"]) == pytest.approx(total, abs=1e-6)
-        if found and all(found.usable(m) for m in weights):
+        if quantity in CORNERS:
+            assert row["verdict"] == "-"  # a level: its sign also depends on the spread of STL's own runs
+        elif found and all(found.usable(m) for m in weights):
             ours = combined({m: found.delta_p(m) for m in weights}, weights)
             assert row["verdict"] == word(ours, total, scale)
         else:
