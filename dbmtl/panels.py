@@ -167,20 +167,20 @@ def legend_panel(
     ax.legend(loc="center", handlelength=3, labelspacing=0.8)
     return ax
 
-# %% ../nbs/37_panels.ipynb #605d4aa7
+# %% ../nbs/37_panels.ipynb #aa7fee0d
 def write_card(
     stem: str,  # of the picture or table
     folder,  # where the picture is
     notebook: str,  # "75_figure5_beta"
     caption: str,
     runs: dict,  # {benchmark: records shown}; no records: not run
-    scale: str = "paper",  # for the command: of the runs that are still to be made
+    scale: str = "paper",  # for the command: of the runs that are still to be made; empty: the notebook has no scale
     data: str = "",  # of a card without runs: what its numbers are, such as "printed numbers"
 ) -> Path:
     "Write `cards/stem.json`, the same bytes every time."
     shown = {name: _shown(records) for name, records in runs.items()}
     card = {"stem": stem, "notebook": notebook, "caption": caption, "runs": shown,
-            "data": data, "command": f"ci/reproduce --only {notebook} --scale {scale}"}
+            "data": data, "command": f"ci/reproduce --only {notebook}" + f" --scale {scale}" * bool(scale)}
     path = Path(folder) / "cards" / f"{stem}.json"
     write_atomically(path, (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
     return path
