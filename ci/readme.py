@@ -36,7 +36,7 @@ def render(notebook):
                     parts.append(text if markdown else f"```\n{text}\n```")
     # in the notebook pictures are beside nbs/ and neighbours in it; in the README they are below
     text = "\n\n".join(part for part in parts if part) + "\n"
-    text = re.sub(r"\]\((?=[\w]+\.ipynb)", "](nbs/", text).replace("](../", "](")
+    text = re.sub(r"\]\((?=[\w/]+\.ipynb)", "](nbs/", text).replace("](../", "](")
     return re.sub(r"<!-- include (\S+) -->", lambda found: included(ROOT / found[1]), text)
 
 
@@ -46,7 +46,9 @@ def included(path):
 
 
 def main(target=ROOT / "README.md"):
-    Path(target).write_text(render(nbformat.read(ROOT / "nbs" / "index.ipynb", 4)), encoding="utf-8")
+    Path(target).write_text(
+        render(nbformat.read(ROOT / "nbs" / "index.ipynb", 4)), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -23,17 +23,32 @@ SCALES = ["smoke", "generated", "cpu", "gpu", "gpu-scratch", "paper", "paper-scr
 def nearest(name, names):
     """A hint for a message: the nearest of `names`, or all of them."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(sorted(names)) or 'none'}"
+    return (
+        f"did you mean {close[0]!r}?"
+        if close
+        else f"there are: {', '.join(sorted(names)) or 'none'}"
+    )
+
+
+def name_of(path):
+    """How a notebook is called: its path below nbs/ without the suffix."""
+    return path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
 
 
 def notebooks(pattern=None):
     """Paths of the notebooks in reading order, those that match `pattern` (a glob or a part of the name)."""
-    paths = sorted(ROOT.glob("nbs/[0-9]*.ipynb")) + sorted(ROOT.glob("nbs/index.ipynb"))
-    names = [path.stem for path in paths]
+    everything = (ROOT / "nbs").rglob("*.ipynb")
+    paths = sorted(path for path in everything if ".ipynb_checkpoints" not in path.parts)
+    names = [name_of(path) for path in paths]
     if pattern is None:
         return paths
-    chosen = [path for path in paths if path.stem == pattern]
-    chosen = chosen or [path for path in paths if fnmatch.fnmatch(path.stem, pattern) or pattern in path.stem]
+    chosen = [path for path in paths if pattern in (name_of(path), path.stem)]
+    if not chosen:
+        chosen = [
+            path
+            for path, name in zip(paths, names, strict=True)
+            if fnmatch.fnmatch(name, pattern) or pattern in name
+        ]
     if not chosen:
         sys.exit(f"--only {pattern}: no notebook of that name; {nearest(pattern, names)}")
     return chosen
@@ -57,7 +72,9 @@ def values(args, declared):
     known = sorted(set().union(*declared.values()))
     for name in given:
         if name not in known:
-            sys.exit(f"parameter {name!r}: no selected notebook declares it; {nearest(name, known)}")
+            sys.exit(
+                f"parameter {name!r}: no selected notebook declares it; {nearest(name, known)}"
+            )
     return {"scale": "smoke", **given}
 
 
@@ -65,9 +82,20 @@ def own_kernel(folder):
     """Makes `python3` mean this very interpreter, whatever kernels are installed for the user or the machine."""
     spec = Path(folder, "kernels", "python3")
     spec.mkdir(parents=True)
-    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
-    spec.joinpath("kernel.json").write_text(json.dumps({"argv": argv, "display_name": "python3", "language": "python"}))
-    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_PATH")]))
+    argv = [
+        sys.executable,
+        "-m",
+        "ipykernel_launcher",
+        "-f",
+        "{connection_file}",
+        "--log-level=CRITICAL",
+    ]
+    spec.joinpath("kernel.json").write_text(
+        json.dumps({"argv": argv, "display_name": "python3", "language": "python"})
+    )
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(
+        filter(None, [str(folder), os.environ.get("JUPYTER_PATH")])
+    )
     os.environ["PYTHONPATH"] = str(ROOT)
     # small networks: two threads that wait for each other on busy cores took ten times as long as one; `jobs` uses more
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -75,14 +103,21 @@ def own_kernel(folder):
 
 def pictures(root):
     """When each picture and its numbers were last written."""
-    found = [p for name in ("figures", "out") for p in (root / name).rglob("*") if p.suffix in {".png", ".svg", ".csv"}]
+    found = [
+        p
+        for name in ("figures", "out")
+        for p in (root / name).rglob("*")
+        if p.suffix in {".png", ".svg", ".csv"}
+    ]
     return {path: path.stat().st_mtime_ns for path in found}
 
 
 def where(notebook, executed):
     """The number, from 1, of the cell of `notebook` that failed in the copy `executed`, and its first line."""
     copy = nbformat.read(executed, 4).cells
-    failed = [cell.id for cell in copy if any(o.output_type == "error" for o in cell.get("outputs", []))]
+    failed = [
+        cell.id for cell in copy if any(o.output_type == "error" for o in cell.get("outputs", []))
+    ]
     for number, cell in enumerate(nbformat.read(notebook, 4).cells, start=1):
         if cell.id in failed:
             return f"cell {number} ({cell.source.strip().splitlines()[0]})"
@@ -91,33 +126,49 @@ def where(notebook, executed):
 
 def run(notebook, parameters, copies):
     """Runs one notebook into the folder `copies`; returns None, or what went wrong and where."""
-    executed = copies / notebook.name
+    executed = copies / notebook.relative_to(ROOT / "nbs")
     executed.parent.mkdir(parents=True, exist_ok=True)
-    bar = {"desc": notebook.stem, "position": 1, "leave": False, "disable": None}
+    bar = {"desc": name_of(notebook), "position": 1, "leave": False, "disable": None}
     try:
         papermill.execute_notebook(
-            notebook, executed, parameters, kernel_name="python3", cwd=notebook.parent, progress_bar=bar
+            notebook,
+            executed,
+            parameters,
+            kernel_name="python3",
+            cwd=notebook.parent,
+            progress_bar=bar,
         )
     except PapermillExecutionError as error:
         trace = "\n".join(error.traceback)
         if not sys.stderr.isatty():
             trace = re.sub(r"\x1b\[[0-9;]*m", "", trace)
-        return f"{trace}\n{notebook.name}, {where(notebook, executed)}: {error.ename}: {error.evalue}"
+        return f"{trace}\n{name_of(notebook)}, {where(notebook, executed)}: {error.ename}: {error.evalue}"
     except Exception as error:  # a kernel that died or never started
-        return f"{notebook.name}: {type(error).__name__}: {error}"
+        return f"{name_of(notebook)}: {type(error).__name__}: {error}"
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="ci/reproduce", description="Runs the notebooks and draws the figures.")
-    parser.add_argument("--scale", help="smoke (default: minutes), cpu, gpu, paper, or another that the notebook names")
-    parser.add_argument("--only", metavar="PATTERN", help="notebooks whose name holds this or fits this glob")
+    parser = argparse.ArgumentParser(
+        prog="ci/reproduce", description="Runs the notebooks and draws the figures."
+    )
+    parser.add_argument(
+        "--scale",
+        help="smoke (default: minutes), cpu, gpu, paper, or another that the notebook names",
+    )
+    parser.add_argument(
+        "--only", metavar="PATTERN", help="notebooks whose name holds this or fits this glob"
+    )
     parser.add_argument("--fresh", action="store_true", help="train again what is recorded already")
-    parser.add_argument("-p", dest="parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument(
+        "-p", dest="parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
+    )
     args = parser.parse_args(argv)
     if args.scale not in [None, *SCALES]:
         sys.exit(f"--scale {args.scale}: unknown; {nearest(args.scale, SCALES)}")
 
-    root = Path(os.environ.get("DBMTL_OUT") or ROOT).resolve()  # of figures/ and out/, as in dbmtl.records
+    root = Path(
+        os.environ.get("DBMTL_OUT") or ROOT
+    ).resolve()  # of figures/ and out/, as in dbmtl.experiments.records
     copies = root / "out" / "notebooks"
     selected = notebooks(args.only)
     declared = {path: set(papermill.inspect_notebook(path)) for path in selected}
@@ -128,9 +179,13 @@ def main(argv=None):
         own_kernel(folder)
         for notebook in tqdm(selected, desc="notebooks", unit="", disable=None):
             before, start = pictures(root), time.perf_counter()
-            failure = run(notebook, {k: v for k, v in wanted.items() if k in declared[notebook]}, copies)
-            written = {path.stem for path, when in pictures(root).items() if before.get(path) != when}
-            rows.append((notebook.stem, time.perf_counter() - start, sorted(written)))
+            failure = run(
+                notebook, {k: v for k, v in wanted.items() if k in declared[notebook]}, copies
+            )
+            written = {
+                path.stem for path, when in pictures(root).items() if before.get(path) != when
+            }
+            rows.append((name_of(notebook), time.perf_counter() - start, sorted(written)))
             if failure:
                 break
             if not sys.stderr.isatty():

@@ -32,7 +32,12 @@ def pytest_runtest_makereport(item, call):
     report = yield
     excused = "slow" in item.keywords and not item.config.getoption("--runslow")
     excused = excused or "cuda" in item.keywords and not torch.cuda.is_available()
-    if report.skipped and not hasattr(report, "wasxfail") and "data" in item.keywords and not excused:
+    if (
+        report.skipped
+        and not hasattr(report, "wasxfail")
+        and "data" in item.keywords
+        and not excused
+    ):
         if os.environ.get("DBMTL_DATA"):
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
             report.outcome, report.longrepr = "failed", f"DBMTL_DATA is set, yet: {reason}"

@@ -26,11 +26,13 @@ import torch
 from torch import nn
 
 from dbmtl import make_balancer
-from dbmtl.task_gradients import loss_edges, task_gradients, trace
+from dbmtl.core.task_gradients import loss_edges, task_gradients, trace
 
 
 def mlp(tasks, width=384):
-    trunk = nn.Sequential(nn.Linear(256, width), *(m for _ in range(3) for m in (nn.ReLU(), nn.Linear(width, width))))
+    trunk = nn.Sequential(
+        nn.Linear(256, width), *(m for _ in range(3) for m in (nn.ReLU(), nn.Linear(width, width)))
+    )
     layers = [[nn.ReLU(), nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 1)] for _ in range(tasks)]
     return trunk, nn.ModuleList(nn.Sequential(*layer) for layer in layers), torch.randn(64, 256)
 
@@ -58,12 +60,16 @@ class Step:
         self.trunk, self.heads, self.x = NETWORKS[network](tasks)
         self.tasks, self.average, self.count = tasks, None, 0
         method, _, rest = name.partition(", ")
-        self.work = getattr(self, method.replace(" ", "_").replace("-", "_").lower(), None) or self.balanced
+        self.work = (
+            getattr(self, method.replace(" ", "_").replace("-", "_").lower(), None) or self.balanced
+        )
         self.rest = rest
         if self.work == self.balanced:
             options = {"beta": 0} if "beta 0" in rest else {}
             grads = next((g for g in ("split", "batched") if g in rest), "loop")
-            self.balancer = make_balancer(method, shared=self.trunk, num_tasks=tasks, grads=grads, **options)
+            self.balancer = make_balancer(
+                method, shared=self.trunk, num_tasks=tasks, grads=grads, **options
+            )
 
     def forward(self):
         self.trunk.zero_grad()
@@ -78,7 +84,9 @@ class Step:
         shared, rows = list(self.trunk.parameters()), []
         for t, loss in enumerate(losses):
             inputs = shared + list(self.heads[t].parameters())
-            rows.append(torch.autograd.grad(loss, inputs, retain_graph=t < self.tasks - 1)[: len(shared)])
+            rows.append(
+                torch.autograd.grad(loss, inputs, retain_graph=t < self.tasks - 1)[: len(shared)]
+            )
         return rows
 
     def trace(self, losses, z):
@@ -92,12 +100,16 @@ class Step:
 
     def flat(self, losses, z):
         self.count += 1
-        rows = torch.stack([
-            torch.cat([g.reshape(-1) for g in row]) / (loss.detach() + 1e-8)
-            for row, loss in zip(self.floor(losses, z), losses, strict=True)
-        ])
+        rows = torch.stack(
+            [
+                torch.cat([g.reshape(-1) for g in row]) / (loss.detach() + 1e-8)
+                for row, loss in zip(self.floor(losses, z), losses, strict=True)
+            ]
+        )
         beta = 0.5 / self.count**0.5
-        self.average = rows * (1 - beta) if self.average is None else beta * self.average + (1 - beta) * rows
+        self.average = (
+            rows * (1 - beta) if self.average is None else beta * self.average + (1 - beta) * rows
+        )
         norms = self.average.norm(dim=1)
         step = (self.average * (norms.max() / (norms + 1e-8))[:, None]).sum(0)
         parameters = list(self.trunk.parameters())
@@ -114,7 +126,15 @@ class Step:
 
 TIMED = ["floor", "backward", "EW", "trace", "task gradients", "DB-MTL, loop", "DB-MTL, split", "DB-MTL, batched",
          "DB-MTL, loop, beta 0", "flat", "torchjd, Sum", "torchjd, Sum, chunk 1", "torchjd, IMTL-G"]  # fmt: skip
-MEASURED = ["EW", "DB-MTL, loop", "DB-MTL, split", "DB-MTL, batched", "DB-MTL, loop, beta 0", "flat", "torchjd, IMTL-G"]
+MEASURED = [
+    "EW",
+    "DB-MTL, loop",
+    "DB-MTL, split",
+    "DB-MTL, batched",
+    "DB-MTL, loop, beta 0",
+    "flat",
+    "torchjd, IMTL-G",
+]
 
 
 def peak_mib(name, tasks):
@@ -125,13 +145,17 @@ def peak_mib(name, tasks):
     step.backward(losses, z)
     del losses, z
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(2): step.work(*step.forward())
+    for _ in range(2):
+        step.work(*step.forward())
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def milliseconds(network, tasks, repetitions):
     """Medians over interleaved repetitions; the first two are not counted."""
-    steps, times = {name: Step(name, network, tasks) for name in TIMED}, {name: [] for name in TIMED}
+    steps, times = (
+        {name: Step(name, network, tasks) for name in TIMED},
+        {name: [] for name in TIMED},
+    )
     for _ in range(repetitions + 2):
         for name, step in steps.items():
             losses, z = step.forward()
@@ -143,13 +167,27 @@ def milliseconds(network, tasks, repetitions):
 
 def measure(repetitions, threads):
     memory = {}
-    for tasks in (3, 11):  # first, because a new process inherits the peak of the one that starts it
+    for tasks in (
+        3,
+        11,
+    ):  # first, because a new process inherits the peak of the one that starts it
         memory[tasks] = {}
         for name in MEASURED:
-            command = [sys.executable, __file__, "--peak", name, "--tasks", str(tasks), "--threads", str(threads)]
+            command = [
+                sys.executable,
+                __file__,
+                "--peak",
+                name,
+                "--tasks",
+                str(tasks),
+                "--threads",
+                str(threads),
+            ]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             memory[tasks][name] = round(float(done.stdout), 1)
-    times = {f"{n}, T = {t}": milliseconds(n, t, repetitions) for n in ("mlp", "conv") for t in (3, 11)}
+    times = {
+        f"{n}, T = {t}": milliseconds(n, t, repetitions) for n in ("mlp", "conv") for t in (3, 11)
+    }
     shares = {
         key: {
             "trace": round(ms["trace"] / ms["DB-MTL, loop"], 4),
@@ -167,16 +205,24 @@ def measure(repetitions, threads):
 
 
 def table(head, rows):
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows])
+    return "\n".join(
+        f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows]
+    )
 
 
 def markdown(m):
-    times, memory, one = m["milliseconds"], m["peak MiB above a plain step"], m["one trunk gradient, MiB"]
+    times, memory, one = (
+        m["milliseconds"],
+        m["peak MiB above a plain step"],
+        m["one trunk gradient, MiB"],
+    )
     ratios = [[n, *(f"{ms[n] / ms['floor']:.2f}" for ms in times.values())] for n in TIMED]
     floors = ["milliseconds of the floor", *(f"{ms['floor']:.1f}" for ms in times.values())]
     shares = [[part, *(f"{100 * s[part]:.1f} %" for s in m["shares of a DB-MTL step"].values())]
               for part in ("trace", "passes", "balancing")]  # fmt: skip
-    peaks = [[n, *(f"{memory[t][n]:.0f} ({memory[t][n] / one:.1f})" for t in memory)] for n in MEASURED]
+    peaks = [
+        [n, *(f"{memory[t][n]:.0f} ({memory[t][n] / one:.1f})" for t in memory)] for n in MEASURED
+    ]
     return f"""# The cost of a balanced step
 
 Backward part of one step on the CPU, processor time, threads: {m["threads"]}, torch {m["torch"]}, float32; medians of
@@ -197,15 +243,22 @@ Peak memory of two steps of a wide MLP above that of a plain step, in MiB (in br
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "figures" / "benchmarks")
-    parser.add_argument("--peak", choices=MEASURED, help="print the peak memory of one contender and stop")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parents[2] / "figures" / "benchmarks"
+    )
+    parser.add_argument(
+        "--peak", choices=MEASURED, help="print the peak memory of one contender and stop"
+    )
     parser.add_argument("--tasks", type=int, default=3, help="with --peak")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.peak: return print(peak_mib(options.peak, options.tasks))
+    if options.peak:
+        return print(peak_mib(options.peak, options.tasks))
     result = measure(options.repetitions, options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "balancer_cost.json").write_text(json.dumps(result, indent=1) + os.linesep)

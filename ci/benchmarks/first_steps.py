@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The first optimizer step of the large scales, and what the switches of dbmtl.precision cost, in one run.
+"""The first optimizer step of the large scales, and what the switches of dbmtl.models.precision cost, in one run.
 
     python ci/benchmarks/first_steps.py [nyuv2/paper cityscapes/gpu ...] [--method DB-MTL] [--threads 2] [--ways]
 
@@ -22,8 +22,12 @@ import sys
 import time
 from pathlib import Path
 
-WAYS = {"plain": {}, "channels-last": {"channels_last": True}, "checkpoint": {"checkpoint": True},
-        "bf16": {"precision": "bf16"}}
+WAYS = {
+    "plain": {},
+    "channels-last": {"channels_last": True},
+    "checkpoint": {"checkpoint": True},
+    "bf16": {"precision": "bf16"},
+}
 SIZES = [8, 3, 144, 192]  # images of --ways
 
 
@@ -37,24 +41,36 @@ def peak_mib():
 def attempts(scale):
     """The scale itself, then with what may be missing replaced: weights, data, both."""
     stand_ins = {"weights": ["none"], "source": ["generated", "sample"]}
-    weights = [{}] + [{"weights": w} for w in stand_ins["weights"] if scale.extra.get("weights", w) != w]
+    weights = [{}] + [
+        {"weights": w} for w in stand_ins["weights"] if scale.extra.get("weights", w) != w
+    ]
     given = scale.extra.get("source")
-    sources = [{}] + [{"source": s} for s in stand_ins["source"] if given not in (None, *stand_ins["source"])]
+    sources = [{}] + [
+        {"source": s} for s in stand_ins["source"] if given not in (None, *stand_ins["source"])
+    ]
     for source in sources:
         # a stand-in has no more samples than the step and the evaluation need
         few = {"train_size": 2 * scale.batch_size, "eval_size": scale.batch_size} if source else {}
-        source = {"classes": 31, **source} if source else {}  # of generated objects; rooms and streets know theirs
-        yield [dataclasses.replace(scale, extra={**scale.extra, **source, **each}, **few) for each in weights]
+        source = (
+            {"classes": 31, **source} if source else {}
+        )  # of generated objects; rooms and streets know theirs
+        yield [
+            dataclasses.replace(scale, extra={**scale.extra, **source, **each}, **few)
+            for each in weights
+        ]
 
 
 def load(benchmark, scale):
     """(data, scales to try for the network) of the first source that is there; every other error passes on."""
     missing = None
     for scales in attempts(scale):
-        try: return benchmark.load(scales[0], "cpu", 0), scales
-        except (FileNotFoundError, ModuleNotFoundError) as error: missing = missing or error
+        try:
+            return benchmark.load(scales[0], "cpu", 0), scales
+        except (FileNotFoundError, ModuleNotFoundError) as error:
+            missing = missing or error
         except ValueError:  # of two kinds of stand-in a benchmark knows one
-            if missing is None: raise
+            if missing is None:
+                raise
     raise missing
 
 
@@ -62,17 +78,19 @@ def first_step(name, method):
     """Numbers of the first step of "benchmark/scale"."""
     import torch
 
-    from dbmtl.benchmark import get_benchmark
-    from dbmtl.train import Loop
+    from dbmtl.benchmarks.base import get_benchmark
+    from dbmtl.experiments.train import Loop
 
     benchmark = get_benchmark(name.split("/")[0])
     asked = benchmark.scale(name.split("/")[1])
     before, start = peak_mib(), time.perf_counter()
     data, scales = load(benchmark, asked)
     for number, scale in enumerate(scales):
-        try: loop = Loop(benchmark, data, benchmark.tasks, method, 0, scale)
+        try:
+            loop = Loop(benchmark, data, benchmark.tasks, method, 0, scale)
         except (FileNotFoundError, OSError):
-            if number == len(scales) - 1: raise
+            if number == len(scales) - 1:
+                raise
             continue
         break
     prepared = time.perf_counter()
@@ -80,15 +98,28 @@ def first_step(name, method):
     done = time.perf_counter()
     changed = {key: value for key, value in scale.extra.items() if asked.extra.get(key) != value}
     losses = dict(zip(loop.names, loop.losses.tolist(), strict=True))
-    finite = all(map(math.isfinite, losses.values())) and all(bool(p.isfinite().all()) for p in loop.model.parameters())
+    finite = all(map(math.isfinite, losses.values())) and all(
+        bool(p.isfinite().all()) for p in loop.model.parameters()
+    )
     return {
-        "benchmark": name, "method": method, "data": data.note, "instead of what is missing": changed,
-        "batch": scale.batch_size, "tasks": len(benchmark.tasks), "options": {**scale.extra},
+        "benchmark": name,
+        "method": method,
+        "data": data.note,
+        "instead of what is missing": changed,
+        "batch": scale.batch_size,
+        "tasks": len(benchmark.tasks),
+        "options": {**scale.extra},
         "shared parameters": sum(p.numel() for p in loop.model.trunk.parameters()),
         "all parameters": sum(p.numel() for p in loop.model.parameters()),
-        "seconds to load": round(prepared - start, 2), "seconds of the step": round(done - prepared, 2),
-        "peak MiB": peak_mib(), "peak MiB before": before, "losses": {k: round(v, 4) for k, v in losses.items()},
-        "finite": finite, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        "seconds to load": round(prepared - start, 2),
+        "seconds of the step": round(done - prepared, 2),
+        "peak MiB": peak_mib(),
+        "peak MiB before": before,
+        "losses": {k: round(v, 4) for k, v in losses.items()},
+        "finite": finite,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 # ---------------------------------------------------------------------------------------------- the ways of running
@@ -99,15 +130,22 @@ def conv_net(how):
     import torch
     from torch import nn
 
-    from dbmtl.precision import efficient
+    from dbmtl.models.precision import efficient
 
     class Network(nn.Module):
         def __init__(self):
             super().__init__()
             layers, widths = [], (3, 32, 32, 64, 64, 64, 64)
             for n, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
-                layers += [nn.Conv2d(a, b, 3, padding=1, stride=2 if n == 2 else 1), nn.BatchNorm2d(b), nn.ReLU()]
-            self.trunk, self.heads = nn.Sequential(*layers), nn.ModuleList(nn.Conv2d(64, 1, 1) for _ in range(3))
+                layers += [
+                    nn.Conv2d(a, b, 3, padding=1, stride=2 if n == 2 else 1),
+                    nn.BatchNorm2d(b),
+                    nn.ReLU(),
+                ]
+            self.trunk, self.heads = (
+                nn.Sequential(*layers),
+                nn.ModuleList(nn.Conv2d(64, 1, 1) for _ in range(3)),
+            )
 
         def forward(self, images):
             shared = self.trunk(images)
@@ -129,8 +167,10 @@ def step_of(how):
     def step():
         start = time.perf_counter()
         balancer.backward([p.float().square().mean() + 1 for p in model(images).values()])
-        for p in model.parameters(): p.grad = None
+        for p in model.parameters():
+            p.grad = None
         return time.perf_counter() - start
+
     return step
 
 
@@ -144,20 +184,30 @@ def peak_of_way(way):
 
 def measure_ways(repetitions, threads):
     memory = {way: child("--peak-of", way, threads=threads) for way in WAYS}
-    return {"sizes": SIZES, "repetitions": repetitions, "threads": threads, "peak MiB": memory,
-            **child("--seconds-of-ways", str(repetitions), threads=threads)}
+    return {
+        "sizes": SIZES,
+        "repetitions": repetitions,
+        "threads": threads,
+        "peak MiB": memory,
+        **child("--seconds-of-ways", str(repetitions), threads=threads),
+    }
 
 
 def seconds_of_ways(repetitions):
     import torch
 
     steps, times = {way: step_of(how) for way, how in WAYS.items()}, {way: [] for way in WAYS}
-    for step in steps.values(): step()
+    for step in steps.values():
+        step()
     for _ in range(repetitions):
-        for way, step in steps.items(): times[way].append(step())
+        for way, step in steps.items():
+            times[way].append(step())
     median = {way: statistics.median(values) for way, values in times.items()}
-    return {"torch": torch.__version__, "seconds": {way: round(s, 4) for way, s in median.items()},
-            "times plain": {way: round(s / median["plain"], 2) for way, s in median.items()}}
+    return {
+        "torch": torch.__version__,
+        "seconds": {way: round(s, 4) for way, s in median.items()},
+        "times plain": {way: round(s / median["plain"], 2) for way, s in median.items()},
+    }
 
 
 # --------------------------------------------------------------------------------------------------------- reporting
@@ -168,12 +218,15 @@ def child(*arguments, threads, limit=900):
     command = [sys.executable, __file__, *arguments, "--threads", str(threads)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
-    if done.returncode: raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def described(step):
-    changed = ", ".join(f"{key}: {value}" for key, value in step["instead of what is missing"].items())
+    changed = ", ".join(
+        f"{key}: {value}" for key, value in step["instead of what is missing"].items()
+    )
     return f"{step['data']}; {changed}" if changed else step["data"]
 
 
@@ -181,8 +234,12 @@ def markdown(result):
     rows = "\n".join(
         f"| {s['benchmark']} | {s['method']} | {s['batch']} | {s['shared parameters']:,} | {s['all parameters']:,} "
         f"| {s['seconds of the step']:.1f} | {s['peak MiB']:,.0f} | {'yes' if s['finite'] else 'NO'} | {described(s)} |"
-        for _, s in sorted(result["steps"].items()))
-    text = "# The first step\n" + ("" if not rows else f"""
+        for _, s in sorted(result["steps"].items())
+    )
+    text = "# The first step\n" + (
+        ""
+        if not rows
+        else f"""
 One optimizer step of the large scales on a CPU, each in a fresh process: whether it runs, what it costs, and whether
 losses and parameters are finite afterwards. Nothing is learned here: these scales are for a GPU. Peak memory is that
 of the process, libraries and data included. Threads and version are with each step in `first_steps.json`.
@@ -190,16 +247,19 @@ of the process, libraries and data included. Threads and version are with each s
 | benchmark/scale | method | batch | shared parameters | all parameters | s | peak MiB | finite | data and network |
 |---|---|---|---|---|---|---|---|---|
 {rows}
-""")
+"""
+    )
     ways = result.get("ways")
     if ways:
         seconds, ratio, peak = ways["seconds"], ways["times plain"], ways["peak MiB"]
-        lines = "\n".join(f"| {way} | {seconds[way]:.3f} | {ratio[way]:.2f} | {peak[way]:,.0f} |" for way in WAYS)
+        lines = "\n".join(
+            f"| {way} | {seconds[way]:.3f} | {ratio[way]:.2f} | {peak[way]:,.0f} |" for way in WAYS
+        )
         text += f"""
 ## Ways of running
 
 A step of DB-MTL with three tasks (one forward pass, three backward passes) through six convolutions with batch norm,
-images {ways['sizes']}, CPU threads: {ways['threads']}, torch {ways['torch']}; median of {ways['repetitions']}
+images {ways["sizes"]}, CPU threads: {ways["threads"]}, torch {ways["torch"]}; median of {ways["repetitions"]}
 interleaved repetitions, and what two steps add to the peak memory of a fresh process. `checkpoint` runs the trunk
 forward once more in each of the three backward passes, as a whole, so that its activations are all there again while a
 pass runs: what it saves of the peak is what waits beside them. Ratios of a CPU say little about a GPU.
@@ -212,26 +272,36 @@ pass runs: what it saves of the peak is what waits beside them. Ratios of a CPU 
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("steps", nargs="*", help="benchmark/scale")
     parser.add_argument("--method", default="DB-MTL")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ways", action="store_true", help="measure the ways of running, too")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "figures" / "benchmarks")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parents[2] / "figures" / "benchmarks"
+    )
     parser.add_argument("--step-of", help="print the numbers of one step and stop")
     parser.add_argument("--peak-of", choices=WAYS, help="print the peak memory of one way and stop")
-    parser.add_argument("--seconds-of-ways", type=int, help="print the seconds of each way and stop")
+    parser.add_argument(
+        "--seconds-of-ways", type=int, help="print the seconds of each way and stop"
+    )
     options = parser.parse_args()
-    if options.step_of: return print(json.dumps(first_step(options.step_of, options.method)))
-    if options.peak_of: return print(json.dumps(peak_of_way(options.peak_of)))
-    if options.seconds_of_ways: return print(json.dumps(seconds_of_ways(options.seconds_of_ways)))
+    if options.step_of:
+        return print(json.dumps(first_step(options.step_of, options.method)))
+    if options.peak_of:
+        return print(json.dumps(peak_of_way(options.peak_of)))
+    if options.seconds_of_ways:
+        return print(json.dumps(seconds_of_ways(options.seconds_of_ways)))
     written = options.out / "first_steps.json"
     result = json.loads(written.read_text()) if written.exists() else {"steps": {}}
     for name in options.steps:
         found = child("--step-of", name, "--method", options.method, threads=options.threads)
         result["steps"][f"{name} {options.method}"] = found
-    if options.ways: result["ways"] = measure_ways(options.repetitions, options.threads)
+    if options.ways:
+        result["ways"] = measure_ways(options.repetitions, options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     written.write_text(json.dumps(result, indent=1) + "\n")
     (options.out / "first_steps.md").write_text(markdown(result))

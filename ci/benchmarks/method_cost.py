@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
-from dbmtl.anatomy import StepCost, cost_rounds, numbers_kept, step_clock
-from dbmtl.benchmark import get_benchmark
-from dbmtl.records import environment
+from dbmtl.benchmarks.base import get_benchmark
+from dbmtl.experiments.records import environment
+from dbmtl.experiments.train import Loop
+from dbmtl.profile import StepCost, cost_rounds, numbers_kept, step_clock
 from dbmtl.registry import method_names
-from dbmtl.train import Loop
 
 PLAIN = "sum(losses).backward()"
 PARTS = StepCost._fields[:4]
@@ -60,7 +60,11 @@ def kept(loop):
     states = [loop.optimizer.state.get(p, {}) for p in learned]
     moments = sum(v.numel() for state in states for v in state.values() if torch.is_tensor(v))
     learned = sum(p.numel() for p in learned)
-    return {"learned": learned, "kept": numbers_kept(loop.balancer), "kept by the optimizer": moments}
+    return {
+        "learned": learned,
+        "kept": numbers_kept(loop.balancer),
+        "kept by the optimizer": moments,
+    }
 
 
 def learning_of_igb(loop, clock):
@@ -75,7 +79,9 @@ def measure(benchmark, scale, methods, rounds, warm_up, device, seed=0):
     benchmark = get_benchmark(benchmark)
     name, scale = scale, timed_scale(benchmark.scale(scale))
     data, clock, made = benchmark.load(scale, device, seed), step_clock(device), {}
-    makers = {method: loop_maker(benchmark, data, scale, method, device, made) for method in methods}
+    makers = {
+        method: loop_maker(benchmark, data, scale, method, device, made) for method in methods
+    }
     costs = cost_rounds(makers, rounds, warm_up, clock, seed)
     done = {method: found for method, found in costs.items() if not isinstance(found, str)}
     model = next(iter(made.values())).model
@@ -134,7 +140,9 @@ Written by `ci/benchmarks/method_cost.py`.
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--benchmark", default="nyuv2")
     parser.add_argument("--scale", default="generated")
     parser.add_argument("--methods", help="separated by commas; default: all")
@@ -142,11 +150,15 @@ def main():
     parser.add_argument("--warm-up", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "figures" / "benchmarks")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parents[2] / "figures" / "benchmarks"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     methods = options.methods.split(",") if options.methods else [PLAIN, *method_names()]
-    result = measure(options.benchmark, options.scale, methods, options.rounds, options.warm_up, options.device)
+    result = measure(
+        options.benchmark, options.scale, methods, options.rounds, options.warm_up, options.device
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "method_cost.json").write_text(dumped(result))
     (options.out / "method_cost.md").write_text(markdown(result))
@@ -157,7 +169,15 @@ def dumped(result):
     """JSON with a line for each list of numbers."""
     text = json.dumps(result, indent=1)
     parts = text.split("[")
-    return "[".join([parts[0], *(" ".join(p[: p.index("]")].split()) + p[p.index("]"):] for p in parts[1:])]) + "\n"
+    return (
+        "[".join(
+            [
+                parts[0],
+                *(" ".join(p[: p.index("]")].split()) + p[p.index("]") :] for p in parts[1:]),
+            ]
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from dbmtl.qm9_data import TASKS, load_sample
-from dbmtl.qm9_network import QM9Network, dense_batch, graph_batch
+from dbmtl.data.qm9 import TASKS, load_sample
+from dbmtl.models.qm9 import QM9Network, dense_batch, graph_batch
 
 FORMS = ("reference", "dense")
 
@@ -35,7 +35,11 @@ def setup(form, size, rows=16):
     weights = QM9Network(names).state_dict()
     network = QM9Network(names, reference=form == "reference")
     network.load_state_dict(weights)
-    batch = graph_batch(molecules, index) if form == "reference" else dense_batch(molecules, index, rows=rows)
+    batch = (
+        graph_batch(molecules, index)
+        if form == "reference"
+        else dense_batch(molecules, index, rows=rows)
+    )
     target = torch.randn(size, len(TASKS), generator=torch.Generator().manual_seed(1))
     return network, batch, target
 
@@ -74,21 +78,38 @@ def measure(size, repetitions, threads):
     # memory first: on Linux a new process inherits the peak of the one that starts it
     memory = {}
     for form in FORMS:
-        command = [sys.executable, __file__, "--peak", form, "--size", str(size), "--threads", str(threads)]
-        memory[form] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        command = [
+            sys.executable,
+            __file__,
+            "--peak",
+            form,
+            "--size",
+            str(size),
+            "--threads",
+            str(threads),
+        ]
+        memory[form] = float(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        )
     prepared = {form: setup(form, size) for form in FORMS}
     times = {form: [] for form in (*FORMS, "eleven")}
     outputs = [torch.stack(task_losses(*prepared[form])) for form in FORMS]
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-6)
-    for form in FORMS: forward_backward(*prepared[form])
+    for form in FORMS:
+        forward_backward(*prepared[form])
     for _ in range(repetitions):
-        for form in FORMS: times[form].append(seconds(forward_backward, *prepared[form]))
+        for form in FORMS:
+            times[form].append(seconds(forward_backward, *prepared[form]))
         times["eleven"].append(seconds(eleven_gradients, *prepared["dense"]))
     median = {form: statistics.median(values) for form, values in times.items()}
     graph = prepared["reference"][1]
     return {
-        "machine": f"{threads} CPU cores", "torch": torch.__version__, "repetitions": repetitions,
-        "molecules": size, "atoms": len(graph.x), "edges": graph.edge_index.shape[1],
+        "machine": f"{threads} CPU cores",
+        "torch": torch.__version__,
+        "repetitions": repetitions,
+        "molecules": size,
+        "atoms": len(graph.x),
+        "edges": graph.edge_index.shape[1],
         "shared parameters": sum(p.numel() for p in prepared["dense"][0].trunk.parameters()),
         "seconds": {k: round(v, 4) for k, v in median.items()},
         "seconds of each repetition": {k: [round(x, 4) for x in v] for k, v in times.items()},
@@ -100,8 +121,10 @@ def measure(size, repetitions, threads):
 
 
 def markdown(m):
-    rows = [("torch-geometric's NNConv", m["seconds"]["reference"], 1.0, m["peak MiB"]["reference"]),
-            ("dense form", m["seconds"]["dense"], m["times faster"], m["peak MiB"]["dense"])]
+    rows = [
+        ("torch-geometric's NNConv", m["seconds"]["reference"], 1.0, m["peak MiB"]["reference"]),
+        ("dense form", m["seconds"]["dense"], m["times faster"], m["peak MiB"]["dense"]),
+    ]
     table = "\n".join(f"| {name} | {s:.3f} | {r:.1f} | {mib:.0f} |" for name, s, r, mib in rows)
     return f"""# QM9: NNConv and its dense form
 
@@ -119,15 +142,20 @@ Eleven task gradients of the dense form, one backward pass each: {m["seconds"]["
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", type=int, default=120, help="molecules of the batch")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "figures" / "benchmarks")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parents[2] / "figures" / "benchmarks"
+    )
     parser.add_argument("--peak", choices=FORMS, help="print the peak memory of one form and stop")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.peak: return print(peak_mib(options.peak, options.size))
+    if options.peak:
+        return print(peak_mib(options.peak, options.size))
     result = measure(options.size, options.repetitions, options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "qm9_nnconv.json").write_text(json.dumps(result, indent=1) + os.linesep)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The solvers of `dbmtl.solvers` beside those of TorchJD, on the same Gramians, in one run, on one thread.
+"""The solvers of `dbmtl.core.solvers` beside those of TorchJD, on the same Gramians, in one run, on one thread.
 
     python ci/benchmarks/solvers.py [--repetitions 9] [--matrices 6] [--out figures/benchmarks]
 
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torchjd.aggregation as jd
 
-from dbmtl.solvers import cagrad_weights, dual_cone_weights, min_norm_weights, power_weights
+from dbmtl.core.solvers import cagrad_weights, dual_cone_weights, min_norm_weights, power_weights
 
 TASKS = (3, 11, 40)
 PAIRS = {  # ours -> (theirs, what is asked of the ratio)
@@ -49,7 +49,10 @@ def matrix(tasks, k):
 def contenders(J):
     M, tasks = J @ J.T, len(J)
     identity = torch.eye(tasks, dtype=torch.float64) / tasks
-    nash, again = jd.NashMTL(tasks, max_norm=0.0).weighting, jd.NashMTL(tasks, max_norm=0.0).weighting
+    nash, again = (
+        jd.NashMTL(tasks, max_norm=0.0).weighting,
+        jd.NashMTL(tasks, max_norm=0.0).weighting,
+    )
 
     def first():
         nash.reset()
@@ -72,13 +75,20 @@ def contenders(J):
 def residual(name, J, w):
     """Distance from the optimality conditions, relative: a duality gap, or that of the equation; UPGrad has none."""
     M = J @ J.T
-    if "Nash" in name: return ((M @ w * w) / ((w @ M @ w) / len(w)) - 1).abs().max().item()  # up to a factor
-    if "MGDA" in name: return ((w @ M @ w - (M @ w).min()) / M.diagonal().mean()).item()
-    if "CAGrad" not in name: return None
-    w = (w - 1 / len(w)).clamp(min=0) if "torchjd" in name else w  # theirs are those of d = g_0 + ...
+    if "Nash" in name:
+        return ((M @ w * w) / ((w @ M @ w) / len(w)) - 1).abs().max().item()  # up to a factor
+    if "MGDA" in name:
+        return ((w @ M @ w - (M @ w).min()) / M.diagonal().mean()).item()
+    if "CAGrad" not in name:
+        return None
+    w = (
+        (w - 1 / len(w)).clamp(min=0) if "torchjd" in name else w
+    )  # theirs are those of d = g_0 + ...
     w, p, radius = w / w.sum(), M.mean(1), 0.5 * M.mean().sqrt()
     length = (w @ M @ w).sqrt()
-    return ((w @ p + radius * length - (p + radius * M @ w / length).min()) / M.diagonal().mean()).item()
+    return (
+        (w @ p + radius * length - (p + radius * M @ w / length).min()) / M.diagonal().mean()
+    ).item()
 
 
 def microseconds(tasks, matrices, repetitions):
@@ -94,10 +104,14 @@ def microseconds(tasks, matrices, repetitions):
                     start = time.process_time()
                     w = work()
                     calls.append(1e6 * (time.process_time() - start))
-                if r: here.setdefault(name, []).append((statistics.median(calls[1:]), calls[0]))
+                if r:
+                    here.setdefault(name, []).append((statistics.median(calls[1:]), calls[0]))
                 worst[name] = max(worst.get(name, 0), residual(name, J, w) or 0)
-        for name, pairs in here.items(): times.setdefault(name, []).append(np.median(pairs, axis=0))
-    return {name: np.median(pairs, axis=0).round(1).tolist() for name, pairs in times.items()}, worst
+        for name, pairs in here.items():
+            times.setdefault(name, []).append(np.median(pairs, axis=0))
+    return {
+        name: np.median(pairs, axis=0).round(1).tolist() for name, pairs in times.items()
+    }, worst
 
 
 def round_of_pivoting(tasks, repetitions=200):
@@ -121,18 +135,24 @@ def round_of_pivoting(tasks, repetitions=200):
 
 def measure(matrices, repetitions):
     times, worst = {}, {}
-    for tasks in TASKS: times[tasks], worst[tasks] = microseconds(tasks, matrices, repetitions)
+    for tasks in TASKS:
+        times[tasks], worst[tasks] = microseconds(tasks, matrices, repetitions)
     ratios = {f"{ours.strip()} : {theirs}":
               {t: np.divide(times[t][theirs], times[t][ours]).round(1).tolist() for t in TASKS}
               for ours, (theirs, _) in PAIRS.items()}  # fmt: skip
-    versions = {name: version(name) for name in ("torch", "numpy", "torchjd", "cvxpy", "clarabel", "ecos", "quadprog")}
+    versions = {
+        name: version(name)
+        for name in ("torch", "numpy", "torchjd", "cvxpy", "clarabel", "ecos", "quadprog")
+    }
     return {"threads": 1, "versions": versions, "matrices": matrices, "repetitions": repetitions,
             "times faster": ratios, "microseconds": times, "worst residual": worst,
             "one round of pivoting, microseconds": {t: round_of_pivoting(t) for t in TASKS}}  # fmt: skip
 
 
 def table(head, rows):
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows])
+    return "\n".join(
+        f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows]
+    )
 
 
 def pair(values):
@@ -142,7 +162,9 @@ def pair(values):
 def markdown(m):
     head, times, worst = ["", *(f"T = {t}" for t in TASKS)], m["microseconds"], m["worst residual"]
     asked = {f"{ours.strip()} : {theirs}": least for ours, (theirs, least) in PAIRS.items()}
-    ratios = [[n, *map(pair, ratio.values()), asked[n] or ""] for n, ratio in m["times faster"].items()]
+    ratios = [
+        [n, *map(pair, ratio.values()), asked[n] or ""] for n, ratio in m["times faster"].items()
+    ]
     rows = [n for n in times[3] if not n.endswith(" ")]
     step = m["one round of pivoting, microseconds"]
     return f"""# The solvers beside TorchJD's
@@ -152,7 +174,7 @@ One CPU thread, processor time, float64;
 {m["repetitions"]} repetitions and {m["matrices"]} matrices. Written by `ci/benchmarks/solvers.py`, which says what is
 measured.
 
-How many times faster `dbmtl.solvers` is when calls are repeated (in brackets: right after other work, which costs
+How many times faster `dbmtl.core.solvers` is when calls are repeated (in brackets: right after other work, which costs
 both sides their caches), and what was asked for at least:
 
 {table([*head, "asked"], ratios)}
@@ -173,10 +195,14 @@ One round of block pivoting for T right-hand sides, in microseconds:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--matrices", type=int, default=6)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "figures" / "benchmarks")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parents[2] / "figures" / "benchmarks"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # cvxpy and ECOS comment on their own accuracy

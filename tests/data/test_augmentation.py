@@ -1,0 +1,514 @@
+"""Crops, scales and flips against slices and the geometry of planes; the split that draws them."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from dbmtl.benchmarks.base import Benchmark, Data, Scale
+from dbmtl.benchmarks.dense_prediction import angle_degrees, dense_floors, dense_tasks, depth_loss
+from dbmtl.data.augmentation import DenseSplit, random_crop_scale, random_flip
+from dbmtl.experiments.train import Loop, load_loop_state, loop_state
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def some_batch(count=6, size=(24, 32), seed=0):
+    g, (H, W) = gen(seed), size
+    depth = 1 + 8 * torch.rand(count, 1, H, W, generator=g)
+    normal = F.normalize(torch.randn(count, 3, H, W, generator=g), dim=1)
+    hole = torch.rand(count, 1, H, W, generator=g) < 0.2
+    return {
+        "image": torch.rand(count, 3, H, W, generator=g),
+        "label": torch.tensor([0, 2, 6, 255], dtype=torch.uint8)[
+            torch.randint(4, (count, H, W), generator=g)
+        ],
+        "depth": depth.masked_fill(hole, 0),
+        "normal": normal.masked_fill(hole, 0),
+    }
+
+
+def draws(count, size, scales, seed):
+    """Number of the source pixel [B, H, W] and scale [B] of the draw that this seed makes."""
+    number = torch.arange(math.prod(size)).view(1, *size).expand(count, *size)
+    found = random_crop_scale(
+        {"label": number, "depth": torch.ones(count, 1, *size)}, scales, gen(seed)
+    )
+    return found["label"], 1 / found["depth"][:, 0, 0, 0]
+
+
+# ---------------------------------------------------------------------------------------------------- crop and scale
+
+
+@pytest.mark.parametrize("size", [(24, 32), (72, 96), (33, 47), (5, 3)])
+@pytest.mark.parametrize("scales", [(1, 1.2, 1.5), (1,), (1.7, 3)])
+def test_each_sample_is_a_slice_resized(size, scales):
+    batch = some_batch(8, size)
+    found, (source, drawn) = random_crop_scale(batch, scales, gen(5)), draws(8, size, scales, 5)
+    for b in range(8):
+        s = min(scales, key=lambda s: abs(s - float(drawn[b])))
+        h, w = int(size[0] / s), int(size[1] / s)
+        i, j = divmod(int(source[b, 0, 0]), size[1])
+        assert 0 <= i <= size[0] - h and 0 <= j <= size[1] - w
+        crop = {name: x[b : b + 1, ..., i : i + h, j : j + w] for name, x in batch.items()}
+        rows, columns = np.arange(size[0]) * h // size[0], np.arange(size[1]) * w // size[1]
+        for name in ("label", "depth", "normal"):
+            chosen = crop[name].numpy()[..., rows[:, None], columns[None, :]][0]
+            if name == "depth":
+                assert_close(found[name][b], torch.from_numpy(chosen) / s)
+            else:
+                assert np.array_equal(found[name][b].numpy(), chosen)
+        image = F.interpolate(crop["image"], size=size, mode="bilinear", align_corners=True)[0]
+        assert_close(found["image"][b], image, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(72, 96), (128, 256), (288, 384)])
+def test_nearest_is_that_of_mtans_interpolate(size):
+    batch = {"normal": torch.rand(6, 3, *size, generator=gen())}
+    found, (source, drawn) = (
+        random_crop_scale(batch, generator=gen(1)),
+        draws(6, size, (1, 1.2, 1.5), 1),
+    )
+    assert len(drawn.round(decimals=1).unique()) == 3
+    for b, s in enumerate(round(s, 1) for s in drawn.tolist()):
+        i, j = divmod(int(source[b, 0, 0]), size[1])
+        crop = batch["normal"][b : b + 1, :, i : i + int(size[0] / s), j : j + int(size[1] / s)]
+        assert torch.equal(found["normal"][b], F.interpolate(crop, size=size, mode="nearest")[0])
+
+
+def test_draws_are_independent_uniform_and_reach_every_corner():
+    source, scale = draws(3000, (6, 9), (1, 1.5, 3), 0)
+    kinds = scale.round(decimals=1)
+    for s, h, w in ((1.0, 6, 9), (1.5, 4, 6), (3.0, 2, 3)):
+        first = source[kinds == s, 0, 0]
+        assert abs(len(first) / 3000 - 1 / 3) < 0.05
+        places = torch.stack([first // 9, first % 9], 1).unique(dim=0, return_counts=True)
+        assert len(places[0]) == (6 - h + 1) * (9 - w + 1)  # all of them
+        assert places[0].max(0).values.tolist() == [6 - h, 9 - w]
+        assert places[1].min() > 0.5 * len(first) / len(places[0])
+
+
+def test_nothing_is_blended_but_colors():
+    batch = some_batch(4, (33, 47))
+    found, (_, scale) = (
+        random_crop_scale(batch, generator=gen(2)),
+        draws(4, (33, 47), (1, 1.2, 1.5), 2),
+    )
+    assert (
+        set(found["label"].unique().tolist()) <= {0, 2, 6, 255}
+        and found["label"].dtype == torch.uint8
+    )
+    for b in range(4):
+        depths, normals = batch["depth"][b].flatten(), batch["normal"][b].flatten(1).T
+        back = found["depth"][b].flatten() * scale[b]
+        assert (back[:, None] - depths[None]).abs().min(1).values.max() < 1e-5
+        chosen = found["normal"][b].flatten(1).T
+        assert (chosen[:, None] - normals[None]).abs().amax(2).min(1).values.max() == 0
+    invalid = found["depth"][:, 0] == 0
+    assert invalid.any() and torch.equal(invalid, ~found["normal"].any(1))
+
+
+def test_fields_move_together():
+    number = torch.arange(24 * 32).view(1, 1, 24, 32).expand(6, 1, 24, 32).float()
+    batch = {"label": number[:, 0].int(), "depth": number, "normal": number.expand(-1, 3, -1, -1)}
+    for change in (random_crop_scale, random_flip):
+        found = change(batch, generator=gen(4))
+        scale = (
+            draws(6, (24, 32), (1, 1.2, 1.5), 4)[1]
+            if change is random_crop_scale
+            else torch.ones(6)
+        )
+        assert torch.equal(found["normal"][:, 1], found["label"].float())
+        assert_close(found["depth"][:, 0] * scale[:, None, None], found["label"].float())
+
+
+def test_colors_stay_near_the_pixels_that_are_chosen():
+    ramp = torch.arange(96.0).expand(6, 3, 72, 96)
+    found = random_crop_scale({"image": ramp, "normal": ramp}, generator=gen(3))
+    assert 0.1 < (found["image"] - found["normal"]).abs().max() <= 1.01
+
+
+def test_inverse_depth_is_multiplied():
+    batch = some_batch(6)
+    near = {"depth": (1 / batch["depth"]).nan_to_num(posinf=0)}
+    found = random_crop_scale({"depth": batch["depth"]}, generator=gen(1))["depth"]
+    inverse = random_crop_scale(near, generator=gen(1), inverse_depth=True)["depth"]
+    assert torch.equal(found == 0, inverse == 0) and (found > 0).any()
+    assert_close((found * inverse)[found > 0], torch.ones_like(found)[found > 0])
+
+
+# ------------------------------------------------------------------------------------------------------- planes
+
+
+def rays(size, focal):
+    y, x = torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in size], indexing="ij")
+    return torch.stack(
+        [(x - (size[1] - 1) / 2) / focal, (y - (size[0] - 1) / 2) / focal, torch.ones_like(x)]
+    )
+
+
+def roof(size=(36, 48), focal=50.0):
+    """Two slanted planes that meet in front of the camera: depth, normals, and which plane (by its offset)."""
+    r = rays(size, focal)
+    planes = F.normalize(
+        torch.tensor([[0.6, 0.1, -1.0], [-0.4, 0.2, -1.0]], dtype=torch.float64), dim=1
+    )
+    depths = -4 / torch.einsum("pc,chw->phw", planes, r)
+    depth, which = depths.min(0)
+    return depth[None], planes[which].movedim(-1, 0)
+
+
+def test_a_planes_depth_and_normals_fit_after_crop_and_scale():
+    size, focal, n = (36, 48), 50.0, 9
+    depth, normal = (x.expand(n, *x.shape) for x in roof(size, focal))
+    found = random_crop_scale({"depth": depth, "normal": normal}, generator=gen(7))
+    source, scale = draws(n, size, (1, 1.2, 1.5), 7)
+    r = rays(size, focal).flatten(1)[:, source.flatten()].view(3, n, *size).movedim(0, 1)
+    offset = (found["normal"] * r).sum(1) * found["depth"][:, 0]
+    assert_close(offset * scale[:, None, None], torch.full_like(offset, -4.0), rtol=1e-6, atol=0)
+    assert len(scale.round(decimals=1).unique()) == 3
+
+
+def from_depth(depth, focal):
+    """Normals of [B, 1, H, W] depths by differences of points, where all neighbors lie on one plane."""
+    points = depth * rays(depth.shape[-2:], focal)
+    right, down = (
+        points[..., 1:-1, 2:] - points[..., 1:-1, :-2],
+        points[..., 2:, 1:-1] - points[..., :-2, 1:-1],
+    )
+    return F.normalize(torch.linalg.cross(down, right, dim=1), dim=1)
+
+
+def test_normals_of_the_flipped_scene_are_the_flipped_normals():
+    depth, normal = (x.expand(8, *x.shape) for x in roof())
+    found = random_flip({"depth": depth, "normal": normal}, gen(1))
+    inner = found["normal"][..., 1:-1, 1:-1]
+    angle = angle_degrees(from_depth(found["depth"], 50.0), inner)
+    ridge = (inner[..., 1:] != inner[..., :-1]).any(1)
+    far = F.max_pool2d(F.pad(ridge, (1, 0)).float()[:, None], 5, 1, 2)[:, 0] == 0
+    assert far.double().mean() > 0.7 and angle[far].mean() < 1e-5
+    flipped = (found["normal"] != normal).flatten(1).any(1)
+    assert 1 <= flipped.sum() <= 7
+    still = angle_degrees(
+        from_depth(found["depth"], 50.0), normal.flip(-1)[..., 1:-1, 1:-1]
+    )  # x not negated: wrong
+    assert still[flipped].mean() > 20
+
+
+# -------------------------------------------------------------------------------------------------------------- flips
+
+
+def test_flip_reverses_rows_and_the_normals_x():
+    batch = some_batch(50)
+    found = random_flip(batch, gen(3))
+    flipped = (found["image"] != batch["image"]).flatten(1).any(1)
+    assert 10 < flipped.sum() < 40
+    sign = torch.tensor([-1.0, 1, 1]).view(3, 1, 1)
+    for b in range(50):
+        for name, x in batch.items():
+            expected = x[b] if not flipped[b] else x[b].flip(-1) * (sign if name == "normal" else 1)
+            assert torch.equal(found[name][b], expected)
+
+
+def test_flipping_twice_is_the_identity():
+    batch = some_batch()
+    twice = random_flip(random_flip(batch, gen(1)), gen(1))
+    assert all(torch.equal(twice[name], x) for name, x in batch.items())
+
+
+def test_flip_with_probability_one_half():
+    ramp = torch.arange(2.0).expand(4000, 1, 1, 2)
+    assert (
+        abs(
+            float((random_flip({"depth": ramp}, gen())["depth"][:, 0, 0, 0] == 1).float().mean())
+            - 0.5
+        )
+        < 0.03
+    )
+
+
+@pytest.mark.parametrize("change", [random_crop_scale, random_flip])
+def test_the_batch_that_came_in_is_left_alone(change):
+    batch = some_batch()
+    before = {name: x.clone() for name, x in batch.items()}
+    found = change(batch, generator=gen(1))
+    assert list(found) == list(batch)
+    for name, x in batch.items():
+        assert torch.equal(x, before[name]) and found[name].data_ptr() != x.data_ptr()
+        assert (found[name].shape, found[name].dtype) == (x.shape, x.dtype)
+
+
+@pytest.mark.parametrize("change", [random_crop_scale, random_flip])
+def test_the_global_generator_is_used_unless_one_is_given(change):
+    batch, state = some_batch(), torch.get_rng_state()
+    change(batch, generator=gen())
+    assert torch.equal(torch.get_rng_state(), state)
+    first = change(batch)
+    assert not torch.equal(torch.get_rng_state(), state)
+    torch.set_rng_state(state)
+    again = change(batch)
+    assert all(torch.equal(first[name], x) for name, x in again.items())
+
+
+def test_fields_are_checked():
+    batch = some_batch()
+    for change in (random_crop_scale, random_flip):
+        with pytest.raises(ValueError, match="did you mean 'normal'"):
+            change({"normals": batch["normal"]})
+        with pytest.raises(ValueError, match="height and width differ"):
+            change({**batch, "label": batch["label"][:, :-1]})
+        with pytest.raises(ValueError, match="batch is empty"):
+            change({})
+    with pytest.raises(ValueError, match="scales must be 1 or larger"):
+        random_crop_scale(batch, scales=(0.5, 1))
+    for name in ("image", "depth"):
+        with pytest.raises(ValueError, match=f"'{name}'.*decode"):
+            random_crop_scale({name: batch[name].to(torch.int16)})
+
+
+# ---------------------------------------------------------------------------------------------------------- the split
+
+
+def store_arrays(count=9, size=(12, 16), seed=0):
+    g = np.random.default_rng(seed)
+    normal = g.integers(-127, 128, (count, 3, *size)).astype(np.int8)
+    normal[:, :, :2] = 0
+    arrays = {
+        "image": g.integers(0, 256, (count, 3, *size)).astype(np.uint8),
+        "label": g.choice(np.array([0, 1, 12, 255], np.uint8), (count, *size)),
+        "depth": g.integers(0, 9999, (count, *size)).astype(np.int16),
+        "normal": normal,
+    }
+    return {name: torch.from_numpy(x) for name, x in arrays.items()}
+
+
+def test_split_decodes_what_a_store_holds():
+    arrays = store_arrays()
+    index = torch.tensor([7, 0, 7])
+    images, targets = DenseSplit(arrays, 0.002).batch(index)
+    raw = {name: x.numpy()[[7, 0, 7]].astype(np.float64) for name, x in arrays.items()}
+    assert images.dtype == torch.float32 and 0 <= images.min() and images.max() <= 1
+    assert_close(images.double(), torch.from_numpy(raw["image"] / 255), rtol=1e-6, atol=0)
+    assert targets["segmentation"].dtype == torch.uint8 and torch.equal(
+        targets["segmentation"], arrays["label"][index]
+    )
+    assert_close(
+        targets["depth"].double(),
+        torch.from_numpy(raw["depth"] * 0.002)[:, None],
+        rtol=1e-6,
+        atol=0,
+    )
+    length = np.sqrt((raw["normal"] ** 2).sum(1, keepdims=True))
+    normal = torch.from_numpy(raw["normal"] / np.maximum(length, 1))
+    assert_close(targets["normal"].double(), normal, rtol=1e-5, atol=1e-7)
+    assert not targets["normal"][:, :, :2].any()
+
+
+def test_split_leaves_the_store_alone_and_decodes_only_its_tasks():
+    arrays = store_arrays()
+    before = {name: x.clone() for name, x in arrays.items()}
+    for augment in (False, True):
+        split = DenseSplit(arrays, 0.001, dense_tasks(["depth"]), augment)
+        assert list(split.batch(torch.arange(3))[1]) == ["depth"] and set(split.arrays) == {
+            "image",
+            "depth",
+        }
+        DenseSplit(arrays, 0.001, augment=augment).batch(torch.arange(9))
+    assert all(torch.equal(x, before[name]) for name, x in arrays.items()) and len(split) == 9
+
+
+def test_split_reads_only_the_rows_of_a_batch_from_a_mapped_file(tmp_path):
+    count, size = 40_000, (288, 384)  # 13 GB of images that take no space on disk
+    mapped = np.memmap(tmp_path / "image.bin", np.uint8, "w+", shape=(count, 3, *size))
+    mapped[count - 1] = 51
+    depth = torch.ones(1, dtype=torch.int16).expand(count, *size)
+    split = DenseSplit({"image": torch.from_numpy(mapped), "depth": depth}, 1.0, ["depth"])
+    images, targets = split.batch(torch.tensor([count - 1, 5]))
+    assert (
+        images[0].unique().tolist() == [pytest.approx(0.2)]
+        and not images[1].any()
+        and targets["depth"].eq(1).all()
+    )
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_split_on_a_mapped_file_equals_the_split_in_memory(tmp_path, augment):
+    arrays, mapped = store_arrays(), {}
+    for name, x in arrays.items():
+        x.numpy().tofile(tmp_path / name)
+        mapped[name] = torch.from_numpy(
+            np.memmap(tmp_path / name, x.numpy().dtype, "c", shape=tuple(x.shape))
+        )
+    found = []
+    for source in (arrays, mapped):
+        torch.manual_seed(1)
+        found.append(DenseSplit(source, 0.001, augment=augment).batch(torch.tensor([8, 3, 1])))
+    assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_augmented_split_crops_then_flips_with_the_global_generator():
+    arrays = store_arrays()
+    plain, split = DenseSplit(arrays, 0.001), DenseSplit(arrays, 0.001, augment=True)
+    torch.manual_seed(3)
+    images, targets = split.batch(torch.arange(9))
+    whole, truth = plain.batch(torch.arange(9))
+    torch.manual_seed(3)
+    batch = {
+        "image": whole,
+        "label": truth["segmentation"],
+        "depth": truth["depth"],
+        "normal": truth["normal"],
+    }
+    expected = random_flip(random_crop_scale(batch))
+    assert torch.equal(images, expected["image"]) and torch.equal(
+        targets["segmentation"], expected["label"]
+    )
+    assert torch.equal(targets["depth"], expected["depth"]) and torch.equal(
+        targets["normal"], expected["normal"]
+    )
+
+
+def test_the_crops_of_a_task_do_not_depend_on_the_other_tasks():
+    arrays, found = store_arrays(), []
+    for tasks in (["depth"], ["segmentation", "depth", "normal"]):
+        torch.manual_seed(3)
+        found.append(
+            DenseSplit(arrays, 0.001, tasks, augment=True).batch(torch.arange(9))[1]["depth"]
+        )
+    assert torch.equal(*found)
+
+
+def test_split_with_inverse_depth():
+    arrays = store_arrays()
+    found = []
+    for inverse in (False, True):
+        torch.manual_seed(3)
+        found.append(
+            DenseSplit(arrays, 1.0, ["depth"], True, inverse_depth=inverse).batch(torch.arange(9))[
+                1
+            ]["depth"]
+        )
+    ratio = (found[1] / found[0])[found[0] > 0].sqrt()
+    assert set(ratio.double().mul(10).round().div(10).unique().tolist()) == {1.0, 1.2, 1.5}
+
+
+def test_splits_are_checked():
+    arrays = store_arrays()
+    with pytest.raises(ValueError, match="no 'normal'; it has"):
+        DenseSplit({name: arrays[name] for name in ("image", "label")}, 0.001, ["normal"])
+    with pytest.raises(ValueError, match="'depth'.*has 4 samples"):
+        DenseSplit({**arrays, "depth": arrays["depth"][:4]}, 0.001)
+    with pytest.raises(ValueError, match="did you mean 'segmentation'"):
+        DenseSplit(arrays, 0.001, ["segmentaton"])
+    with pytest.raises(IndexError):
+        DenseSplit(arrays, 0.001).batch(torch.tensor([9]))
+
+
+def test_moving_a_split_keeps_what_it_is():
+    split = DenseSplit(store_arrays(), 0.001, ["depth"], augment=True, inverse_depth=True)
+    moved = split.to("meta")
+    assert moved.device.type == "meta" and split.device.type == "cpu" and len(moved) == 9
+    assert (moved.tasks, moved.augment, moved.inverse_depth, moved.depth_unit) == (
+        ["depth"],
+        True,
+        True,
+        0.001,
+    )
+
+
+def test_floors_ignore_the_augmentation_of_the_training_split():
+    arrays, tasks = store_arrays(), dense_tasks()
+    plain, split = DenseSplit(arrays, 0.001), DenseSplit(arrays, 0.001, augment=True)
+    state = torch.get_rng_state()
+    assert dense_floors(tasks, split, plain) == dense_floors(tasks, plain, plain)
+    assert split.augment and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_resumed_loop_sees_the_same_crops():
+    """The training loop stores the device's global random state: augmentation needs nothing else."""
+    arrays, tasks = store_arrays(), dense_tasks(["depth"])
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.head = torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Conv2d(4, 1, 1)
+
+        def forward(self, images):
+            return {"depth": self.head(self.trunk(images).relu())}
+
+    split = DenseSplit(arrays, 0.001, tasks, augment=True)
+    data = Data(split, None, DenseSplit(arrays, 0.001, tasks), "hash")
+    scale = Scale(epochs=2, batch_size=4, width=4)
+    bench = Benchmark(
+        "dense",
+        tasks,
+        {"smoke": scale},
+        lambda *a: data,
+        lambda *a: Network(),
+        lambda p, s: torch.optim.Adam(p, lr=1e-3),
+    )
+
+    def steps(loop, n):
+        found = []
+        for _ in range(n):
+            if loop.position == loop.steps:
+                loop.end_epoch()
+            loop.step()
+            found.append(float(loop.losses))
+        return found
+
+    loop = Loop(bench, data, tasks, "EW", 0, scale)
+    steps(loop, 2)
+
+    kept, random = copy.deepcopy(loop_state(loop)), torch.get_rng_state()
+    rest = steps(loop, 3)
+    other = Loop(bench, data, tasks, "EW", 1, scale)
+    load_loop_state(other, kept)
+    torch.set_rng_state(random)
+    assert steps(other, 3) == rest
+    load_loop_state(other, kept)
+    torch.manual_seed(99)
+    assert steps(other, 3) != rest  # the crops matter
+
+
+@pytest.mark.cuda
+def test_cuda_crops_are_slices_without_a_synchronization():
+    batch = {name: x.cuda() for name, x in some_batch(8, (72, 96)).items()}
+    random_crop_scale(batch)  # makes the table of sizes
+    state = torch.cuda.get_rng_state()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = random_flip(random_crop_scale(batch))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.set_rng_state(state)
+    again = random_flip(random_crop_scale(batch))
+    assert all(x.is_cuda and torch.equal(x, again[name]) for name, x in found.items())
+    number = torch.arange(72 * 96, device="cuda").view(1, 72, 96).expand(8, 72, 96)
+    torch.cuda.set_rng_state(state)
+    source = random_flip(random_crop_scale({"label": number}))["label"]
+    expected = batch["label"].flatten(1).gather(1, source.flatten(1)).view_as(source)
+    assert torch.equal(found["label"], expected)
+
+
+@pytest.mark.cuda
+def test_cuda_split_takes_an_index_from_either_side():
+    arrays = store_arrays()
+    mapped = DenseSplit(arrays, 0.001)
+    there = mapped.to("cuda")
+    expected = mapped.batch(torch.tensor([5, 2]))
+    for split in (mapped, there):
+        images, targets = split.batch(torch.tensor([5, 2], device="cuda"))
+        assert images.is_cuda and all(y.is_cuda for y in targets.values())
+        assert_close(images.cpu(), expected[0])
+        assert_close({name: y.cpu() for name, y in targets.items()}, expected[1])
+    assert (
+        not there.batch(torch.tensor([5, 2]))[0].is_cuda
+        and depth_loss(targets["depth"], targets["depth"]) == 0
+    )

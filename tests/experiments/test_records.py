@@ -1,0 +1,411 @@
+"""Records: identity, whole files, thinning, staleness, floors."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from dbmtl.benchmarks.base import Scale, toy
+from dbmtl.core.files import write_atomically
+from dbmtl.experiments import records
+from dbmtl.experiments.records import (
+    above_floor,
+    code_modules,
+    configuration,
+    encode_record,
+    figures_folder,
+    find_record,
+    fingerprint,
+    is_stale,
+    module_sources,
+    project_root,
+    read_record,
+    read_records,
+    round_numbers,
+    run_identity,
+    runs_folder,
+    selected,
+    source_hash,
+    thin,
+    write_record,
+)
+from dbmtl.experiments.train import train
+
+
+def made(method="EW", seed=0, state="finished", data="d", **more):
+    config = configuration(toy, method, seed, "smoke", more.pop("hyper", None))
+    identity = run_identity(config, data)
+    return {"identity": identity, "config": config, "data": {"hash": data}, "state": state} | more
+
+
+# ------------------------------------------------------------------------------------------------------ identity
+
+
+def test_identity_changes_with_every_field_of_the_configuration():
+    base = configuration(toy, "EW", 0, "smoke", {"beta": 0.5})
+    seen = {run_identity(base, "d"), run_identity(base, "e")}
+    for key in base:
+        seen.add(run_identity(base | {key: "another"}, "d"))
+    assert len(seen) == 2 + len(base)
+
+
+def test_identity_changes_with_every_field_of_the_scale():
+    scale, seen = toy.scale("smoke"), set()
+    for field in fields(Scale):
+        value = getattr(scale, field.name)
+        other = {"new": 1} if isinstance(value, dict) else value + 1
+        changed = replace(toy, scales={"smoke": replace(scale, **{field.name: other})})
+        seen.add(run_identity(configuration(changed, "EW", 0, "smoke"), "d"))
+    assert (
+        len(seen | {run_identity(configuration(toy, "EW", 0, "smoke"), "d")})
+        == len(fields(Scale)) + 1
+    )
+
+
+def test_identity_does_not_depend_on_the_order_of_keys_or_on_json():
+    one = configuration(toy, "EW", 0, "smoke", {"a": 1, "b": [1, 2]})
+    other = configuration(toy, "EW", 0, "smoke", {"b": (1, 2), "a": 1})
+    assert run_identity(one, "d") == run_identity(json.loads(json.dumps(other)), "d")
+
+
+def test_configuration_refuses_what_json_cannot_hold():
+    for value in (float("nan"), float("inf"), object()):
+        with pytest.raises(ValueError, match="plain finite JSON"):
+            configuration(toy, "EW", 0, "smoke", {"beta": value})
+
+
+# --------------------------------------------------------------------------------------------------- whole files
+
+
+def test_atomic_write_replaces_whole_files_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(records.os, "fsync", full)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new and longer")
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_atomic_write_puts_a_new_file_in_place_of_the_old(tmp_path):
+    path, same = tmp_path / "file", tmp_path / "link"
+    write_atomically(path, b"old")
+    os.link(path, same)
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new" and same.read_bytes() == b"old"  # never written over
+
+
+def test_atomic_write_killed_halfway_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    program = (
+        "import os, signal, sys; from dbmtl import records\n"
+        "records.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "records.write_atomically(sys.argv[1], b'new')"
+    )
+    run = subprocess.run([sys.executable, "-c", program, str(path)])
+    assert run.returncode == -9 and path.read_bytes() == b"old"
+
+
+def test_a_record_round_trips_and_is_found(tmp_path):
+    record = made(curves={"epochs": [1], "train": {"a": [1 / 3]}})
+    path = write_record(record, tmp_path)
+    again = read_record(path)
+    assert again["curves"]["train"]["a"] == [0.333333] and again["config"] == record["config"]
+    assert find_record(record["config"], tmp_path) == again
+    assert find_record(record["config"], tmp_path, data_hash="d") == again
+    assert find_record(record["config"], tmp_path, data_hash="other") is None
+    assert find_record(configuration(toy, "EW", 5, "smoke"), tmp_path) is None
+
+
+def test_records_of_two_data_sets_do_not_overwrite_each_other(tmp_path):
+    assert write_record(made(data="one"), tmp_path) != write_record(made(data="two"), tmp_path)
+    assert len(read_records(tmp_path)) == 2
+
+
+def test_records_are_filtered_and_sorted(tmp_path):
+    for method in ("STL", "EW"):
+        for seed in (10, 2):
+            write_record(made(method, seed), tmp_path)
+    write_record(made("EW", 3, state="diverged"), tmp_path)
+    pairs = [
+        (r["config"]["method"], r["config"]["seed"])
+        for r in read_records(tmp_path, state="finished")
+    ]
+    assert pairs == [("EW", 2), ("EW", 10), ("STL", 2), ("STL", 10)]
+    assert len(read_records(tmp_path, method=["EW", "DB-MTL"], seed=(2, 3))) == 2
+    assert read_records(tmp_path, scale="paper") == [] == read_records(tmp_path / "nowhere")
+    assert (
+        len(read_records(tmp_path, hyper={})) == 5
+        and read_records(tmp_path, hyper={"beta": 1}) == []
+    )
+    with pytest.raises(ValueError, match="did you mean 'seed'"):
+        read_records(tmp_path, seeds=1)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "edited", "state"])
+def test_a_damaged_record_names_its_file(tmp_path, damage):
+    path = write_record(made(), tmp_path)
+    record = json.loads(path.read_text())
+    if damage == "edited":
+        record["config"]["seed"] = 7
+    if damage == "state":
+        record["state"] = "great"
+    text = {"cut": path.read_text()[:-9], "empty": "", "other": "[]"}.get(
+        damage, json.dumps(record)
+    )
+    path.write_text(text)
+    with pytest.raises(ValueError, match="delete it and run again") as caught:
+        read_records(tmp_path)
+    assert path.name in str(caught.value)
+
+
+def test_a_float_that_is_not_finite_becomes_null():
+    assert round_numbers([float("nan"), float("-inf"), 1.23456789e-12]) == [None, None, 1.23457e-12]
+
+
+# ------------------------------------------------------------------------------------------------------ thinning
+
+
+def long_record(epochs=300, tasks=11, monitors=0):
+    names = [f"task_{t}" for t in range(tasks)]
+    column = [0.123456 + i / 7 for i in range(epochs)]
+    curves = {"epochs": list(range(1, epochs + 1)), "train": {n: column for n in names}}
+    for split in ("validation", "test"):
+        curves[split] = {n: {"MAE": column} for n in names}
+    watched = {"steps": list(range(monitors)), "norms": {n: [0.1234] * monitors for n in names}}
+    best = {
+        "best validation epoch": {"epoch": 138},
+        "average of the last ten epochs": {"epochs": 10},
+    }
+    return round_numbers(made(curves=curves, monitors=watched, selected=best))
+
+
+@pytest.mark.parametrize("monitors", [0, 2000])
+def test_a_long_record_is_thinned_below_60_kb_and_says_so(tmp_path, monitors):
+    path = write_record(long_record(monitors=monitors), tmp_path)
+    record = read_record(path)
+    assert 20_000 < path.stat().st_size <= 60_000
+    assert record["thinned"]["curves"] > 1 and (record["thinned"]["monitors"] > 1) == (monitors > 0)
+    epochs = record["curves"]["epochs"]
+    assert epochs[0] == 1 and 138 in epochs and epochs[-10:] == list(range(291, 301))
+    column = record["curves"]["test"]["task_3"]["MAE"]
+    assert column == [round_numbers(0.123456 + (e - 1) / 7) for e in epochs]
+
+
+def test_epochs_that_stl_chose_survive_thinning():
+    record = long_record()
+    record["selected"]["best validation epoch"]["epoch"] = {
+        "task_0": 52,
+        "task_1": 138,
+        "task_2": 200,
+    }
+    assert {52, 138, 200} <= set(thin(record)["curves"]["epochs"])
+
+
+def test_a_short_record_is_not_thinned():
+    record = long_record(epochs=20)
+    assert thin(record) == record | {"thinned": {"curves": 1, "monitors": 1}}
+
+
+def test_a_record_that_cannot_fit_raises():
+    with pytest.raises(ValueError, match="even when thinned"):
+        thin(made(note="x" * 70_000))
+
+
+def test_a_record_has_a_line_a_field():
+    record = long_record(epochs=3)
+    assert len(encode_record(record).decode().splitlines()) == len(record) + 2
+
+
+# ----------------------------------------------------------------------------------------------------- staleness
+
+
+def test_source_hash_ignores_prose_and_nothing_else():
+    source = '"""Module."""\nx = "# not a comment"  # a comment\n\ndef f():\n    """Doc."""\n    return "text"\n'
+    same = 'x = "# not a comment"\ndef f():\n    "Other\n    words."  # more\n\n    return "text"\n'.replace(
+        '"Other\n    words."', '"""Other\n    words."""'
+    )
+    assert source_hash(source) == source_hash(same)
+    for old, new in (("not a", "no"), ('"text"', '"test"'), ("return", "yield")):
+        assert source_hash(source) != source_hash(source.replace(old, new))
+
+
+def test_the_fingerprint_holds_the_modules_that_a_run_uses():
+    modules = code_modules("toy", "DB-MTL")
+    assert {
+        "dbmtl.experiments.train",
+        "dbmtl.benchmarks.base",
+        "dbmtl.experiments.metrics",
+        "dbmtl.core.task_gradients",
+    } <= set(modules)
+    assert not {
+        "dbmtl.registry",
+        "dbmtl.experiments.records",
+        "dbmtl.run",
+        "dbmtl.benchmarks.qm9",
+    } & set(modules)
+
+
+def test_the_fingerprint_sees_method_and_hyperparameters():
+    prints = {
+        fingerprint(code_modules("toy", m, h))
+        for m, h in (("EW", {}), ("DB-MTL", {}), ("DB-MTL", {"beta": 0.1}))
+    }
+    assert len(prints) == 3
+
+
+def test_a_record_is_stale_when_a_module_changed(monkeypatch):
+    record = made("DB-MTL", code=fingerprint(code_modules("toy", "DB-MTL")))
+    assert not is_stale(record)
+    whole = records.source_hash
+    changed = lambda text: whole(text + "\nx = 1\n" if "def delta_p(" in text else text)  # noqa: E731
+    monkeypatch.setattr(records, "source_hash", changed)
+    assert is_stale(record)
+
+
+def test_module_sources_follow_imports():
+    assert (
+        "dbmtl.core.gramian" in module_sources(["dbmtl.experiments.train"])
+        and module_sources(["os"]) == {}
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- places
+
+
+def test_smoke_goes_to_an_ignored_folder_and_other_scales_to_figures(monkeypatch, tmp_path):
+    monkeypatch.setenv("DBMTL_OUT", str(tmp_path))
+    assert project_root() == tmp_path
+    assert (
+        runs_folder("smoke") == tmp_path / "out/smoke/runs"
+        and figures_folder("smoke") == tmp_path / "out/smoke/figures"
+    )
+    for scale in ("cpu", "gpu", "paper"):
+        assert (
+            runs_folder(scale) == tmp_path / "figures/runs"
+            and figures_folder(scale) == tmp_path / "figures"
+        )
+
+
+def test_the_project_is_found_from_inside_and_only_there(monkeypatch, tmp_path):
+    monkeypatch.delenv("DBMTL_OUT", raising=False)
+    root = Path(__file__).resolve().parents[2]
+    assert project_root(root / "nbs") == root
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = other\n")
+    with pytest.raises(FileNotFoundError, match="set DBMTL_OUT"):
+        project_root(tmp_path)
+
+
+def test_git_ignores_smoke_records(monkeypatch):
+    monkeypatch.delenv("DBMTL_OUT", raising=False)
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        pytest.skip("no git checkout")
+    ignored = lambda path: (
+        subprocess.run(["git", "check-ignore", "-q", str(path)], cwd=root).returncode == 0
+    )  # noqa: E731
+    assert ignored(root / "out/smoke/runs/a.json") and not ignored(root / "figures/runs/a.json")
+
+
+def test_commit_is_none_where_git_knows_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("DBMTL_OUT", str(tmp_path))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", os.fspath(tmp_path))
+    assert records.commit() is None
+
+
+def test_commit_is_dirty_where_the_code_differs_and_only_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("DBMTL_OUT", str(tmp_path))
+    (tmp_path / "dbmtl").mkdir()
+    code, figure = tmp_path / "dbmtl/train.py", tmp_path / "figure.svg"
+    for path in (code, figure):
+        path.write_text("one")
+    who = ["-c", "user.name=n", "-c", "user.email=n@example.org", "-c", "commit.gpgsign=false"]
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "one"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True)
+    figure.write_text("two")
+    assert len(records.commit()) == 12
+    code.write_text("two")
+    assert records.commit().endswith("-dirty")
+
+
+# -------------------------------------------------------------------------------------------------------- floors
+
+
+FLOORED = {
+    "state": "finished",
+    "directions": {"a": {"MAE": "down"}, "b": {"Acc": "up", "IoU": "up"}},
+    "floors": {"test": {"a": {"MAE": 2.0}, "b": {"Acc": 50.0, "IoU": 20.0}}},
+    "selected": {
+        "best validation epoch": {
+            "epoch": 3,
+            "test": {"a": {"MAE": 1.8}, "b": {"Acc": 51.0, "IoU": 21.0}},
+        },
+        "average of the last ten epochs": {
+            "epochs": 10,
+            "test": {"a": {"MAE": 2.2}, "b": {"Acc": 60.0, "IoU": 20.0}},
+        },
+    },
+}
+
+
+def test_above_floor_takes_the_mean_gain_of_a_task():
+    # a: (2 - 1.8) / 2 = 10 %; b: (2 % + 5 %) / 2 = 3.5 %
+    assert above_floor(FLOORED) == {"a": True, "b": False}
+    assert above_floor(FLOORED, margin=0.034) == {"a": True, "b": True}
+    assert above_floor(FLOORED, margin=0.101) == {"a": False, "b": False}
+    # a: -10 %; b: (20 % + 0) / 2 = 10 %
+    assert above_floor(FLOORED, protocol="last ten") == {"a": False, "b": True}
+
+
+def test_above_floor_with_a_floor_of_zero():
+    record = copy.deepcopy(FLOORED)
+    record["floors"]["test"]["b"] = {"Acc": 0.0, "IoU": 0.0}
+    assert above_floor(record)["b"]
+
+
+def test_selected_refuses_an_unknown_protocol_and_an_unfinished_run():
+    assert selected(FLOORED, "last ten")["a"] == {"MAE": 2.2}
+    with pytest.raises(ValueError, match="unknown protocol .worst."):
+        selected(FLOORED, "worst")
+    with pytest.raises(ValueError, match="diverged"):
+        selected({"selected": {}, "state": "diverged"})
+
+
+def test_a_configuration_keeps_all_its_digits(tmp_path):
+    record = made("DB-MTL", hyper={"beta": 1 / 3}, extra=1 / 3)
+    again = read_record(write_record(record, tmp_path))
+    assert again["config"]["hyper"]["beta"] == 1 / 3 and again["extra"] == 0.333333
+    assert find_record(record["config"], tmp_path) == again
+
+
+def test_a_trained_run_with_a_third_is_found_again(tmp_path):
+    first = train("toy", "DB-MTL", out=tmp_path, hyper={"beta": 1 / 3})
+    assert read_record(next(tmp_path.glob("*.json")))["curves"] == first["curves"]
+
+
+def test_monitors_are_thinned_to_one_look_before_giving_up():
+    wide = {"steps": list(range(16)), "norms": {str(t): [0.1234] * 16 for t in range(1000)}}
+    small = thin(made(monitors=wide))
+    assert small["monitors"]["steps"][0] == 0 and len(small["monitors"]["steps"]) < 16
+    with pytest.raises(ValueError, match="even when thinned"):
+        thin(made(monitors={"steps": [0], "norms": {str(t): [0.1234] for t in range(10_000)}}))
+
+
+def test_a_new_benchmark_leaves_the_fingerprint_of_others_alone():
+    found, folder = (
+        [name for name in code_modules("toy", "EW") if name != "repr"],
+        Path(records.__file__).parent,
+    )
+    sources = {name: (folder / f"{name.removeprefix('dbmtl.')}.py").read_text() for name in found}
+    assert "dbmtl.benchmarks.base" in sources and not [
+        name for name, text in sources.items() if "dbmtl.benchmarks.qm9:" in text
+    ]

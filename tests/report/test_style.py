@@ -1,0 +1,223 @@
+"""The figure style: one appearance per method, readable by everybody, the same bytes every time."""
+
+import csv
+import io
+import itertools
+import os
+import re
+import subprocess
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from PIL import Image
+
+from dbmtl.report.style import (
+    COLORS,
+    FAMILIES,
+    annotate_scale,
+    beside_paper,
+    method_color,
+    method_style,
+    palette_png,
+    save_figure,
+    seed_band,
+    use_style,
+    write_rows,
+)
+
+
+@pytest.fixture(autouse=True)
+def style():
+    use_style()
+    yield
+    plt.close("all")
+    matplotlib.rcdefaults()
+
+
+def picture():
+    fig, ax = plt.subplots()
+    seed_band(ax, range(5), np.arange(15.0).reshape(3, 5) % 7, "DB-MTL")
+    seed_band(ax, range(5), np.arange(10.0).reshape(2, 5) % 4, "EW")
+    ax.set(xlabel="epoch", ylabel="$\\Delta_p$ (%)")
+    ax.legend()
+    return fig
+
+
+def test_save_figure_writes_the_same_bytes_twice(tmp_path):
+    rows = [{"method": "EW", "value": np.float32(1 / 3)}]
+    first = save_figure(picture(), "shape", tmp_path / "a" / "b", rows)
+    second = save_figure(picture(), "shape", tmp_path / "c", rows)
+    assert [path.name for path in first] == ["shape.svg", "shape.png", "shape.csv"]
+    for one, two in zip(first, second, strict=True):
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_save_figure_writes_the_same_bytes_in_another_process(tmp_path):
+    script = (
+        "import sys, matplotlib; matplotlib.use('Agg')\n"
+        "import matplotlib.pyplot as plt\nfrom dbmtl.report.style import save_figure, seed_band, use_style\n"
+        "use_style(); fig, ax = plt.subplots(); seed_band(ax, range(3), [[1, 2, 3], [2, 2, 4]], 'CAGrad')\n"
+        "save_figure(fig, 'f', sys.argv[1])"
+    )
+    for name in "ab":
+        subprocess.run([sys.executable, "-c", script, tmp_path / name], check=True, timeout=60)
+    for ending in ("svg", "png"):
+        assert (tmp_path / "a" / f"f.{ending}").read_bytes() == (
+            tmp_path / "b" / f"f.{ending}"
+        ).read_bytes()
+
+
+def test_save_figure_keeps_its_words_and_no_date_or_version(tmp_path):
+    svg, png = save_figure(picture(), "f", tmp_path)
+    text = svg.read_text()
+    assert not re.search(r"<dc:date>|<dc:creator>|Matplotlib v", text)
+    assert (
+        "<text" in text
+        and "'DejaVu Sans', 'Verdana', sans-serif" in text
+        and not re.search(r"\s\d+\.\d{3}", text)
+    )
+    with Image.open(png) as image:
+        assert image.size == (350, 250) and image.info == {}
+    assert {path.name for path in tmp_path.iterdir()} == {"f.svg", "f.png"}
+
+
+def test_palette_png_keeps_the_colors():
+    fig, ax = plt.subplots()
+    ax.axis("off")
+    for place, color in enumerate(FAMILIES):
+        ax.bar(place, 1, color=color)
+    exact = np.asarray(Image.open(io.BytesIO(palette_png(fig))).convert("RGB")).reshape(-1, 3)
+    for color in FAMILIES:
+        wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
+        assert np.abs(exact.astype(int) - wanted).max(1).min() <= 3
+
+
+def test_write_rows_rounds_floats_and_joins_columns(tmp_path):
+    path = write_rows(
+        [{"a": 1 / 3, "n": 3}, {"a": 1e-9, "b": "x, y"}, {"a": np.float64(2.0)}], tmp_path / "t.csv"
+    )
+    assert path.read_bytes() == b'a,n,b\n0.333333,3,\n1e-09,,"x, y"\n2,,\n'
+    assert list(csv.DictReader(path.read_text().splitlines()))[1]["b"] == "x, y"
+
+
+def test_every_method_has_a_look_of_its_own():
+    looks = [(style["color"], style["marker"]) for style in map(method_style, COLORS)]
+    assert len(set(looks)) == len(looks) >= 32
+    assert [m for m in COLORS if method_style(m)["marker"] == "*"] == ["DB-MTL"]
+    assert sum(color == COLORS["DB-MTL"] for color in COLORS.values()) == 1
+
+
+@pytest.mark.parametrize(
+    "method", ["PCGrad", "GradVac", "IMTL-G", "CAGrad", "Nash-MTL", "Aligned-MTL"]
+)
+def test_log_variants_are_hollow_and_keep_the_color(method):
+    plain, log = method_style(method), method_style(f"{method}+log")
+    assert (log["color"], log["marker"]) == (plain["color"], plain["marker"])
+    assert log["markerfacecolor"] == "white" and "markerfacecolor" not in plain
+
+
+def test_aliases_and_unknown_methods():
+    assert method_style("EW+log") == method_style("loss only") == method_style("SI")
+    assert method_color("DB-MTL") == "#D55E00"
+    for wrong, near in (("DBMTL", "DB-MTL"), ("CAGradd+log", "CAGrad")):
+        with pytest.raises(
+            ValueError, match=f"got {re.escape(repr(wrong))}; the nearest name is '{near}'"
+        ):
+            method_style(wrong)
+
+
+def to_lab(rgb):
+    """CIE L*a*b* (D65) of linear RGB."""
+    xyz = (
+        np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+        @ rgb
+    )
+    f = np.cbrt(xyz / np.array([0.9505, 1.0, 1.089]))
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+# Machado, Oliveira and Fernandes (2009), severity 1
+VISION = {
+    "normal": np.eye(3),
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+}
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_family_colors_stay_apart(vision):
+    def seen(color):
+        srgb = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+        return to_lab(np.clip(np.array(VISION[vision]) @ linear, 0, 1))
+
+    labs = {color: seen(color) for color in FAMILIES}
+    distances = {
+        pair: np.linalg.norm(labs[pair[0]] - labs[pair[1]])
+        for pair in itertools.combinations(labs, 2)
+    }
+    assert min(distances.values()) > 15
+    against = [distances[pair] for pair in distances if COLORS["DB-MTL"] in pair]
+    assert min(against) > 18
+    assert all(np.linalg.norm(lab - to_lab(np.ones(3))) > 30 for lab in labs.values())
+
+
+def test_seed_band_draws_seeds_range_and_mean():
+    _, ax = plt.subplots()
+    assert seed_band(ax, [0, 1], [[1, 2], [3, 6]], "EW", "mean of two") is ax
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[1, 2], [3, 6], [2, 4]]
+    assert ax.lines[-1].get_label() == "mean of two"
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (1, 6)
+    with pytest.raises(ValueError, match=r"3 points of x, got shape \(1, 2\)"):
+        seed_band(ax, [0, 1, 2], [1, 2], "EW")
+
+
+def test_beside_paper_draws_what_is_known_and_no_more():
+    _, ax = plt.subplots()
+    beside_paper(ax, {"STL": 0.0, "DB-MTL": (0.8, 0.1, 1.5)}, {"DB-MTL": 1.2, "EW": -1.8})
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["STL", "DB-MTL", "EW"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]
+    hollow = [
+        (*line.get_xdata(), *line.get_ydata())
+        for line in ax.lines
+        if line.get_markerfacecolor() == "white"
+    ]
+    assert hollow == [(1.2, 1), (-1.8, 2)]
+    bars = [list(line.get_xdata()) for line in ax.lines if list(line.get_ydata()) == [1, 1]]
+    assert bars == [[0.1, 1.5]]
+
+
+def test_annotate_scale_and_style():
+    _, ax = plt.subplots()
+    annotate_scale(ax, "cpu scale, 3 seeds")
+    assert ax.texts[0].get_text() == "cpu scale, 3 seeds"
+    matplotlib.rcParams["lines.linewidth"] = 9
+    use_style()
+    assert (
+        matplotlib.rcParams["lines.linewidth"] == 1.2
+        and matplotlib.rcParams["svg.hashsalt"] == "dbmtl"
+    )
+
+
+def test_importing_style_changes_no_setting():
+    script = "import matplotlib as m; a = dict(m.rcParams); import dbmtl.report.style; assert dict(m.rcParams) == a"
+    subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        timeout=60,
+        env=os.environ | {"MPLBACKEND": "Agg"},
+    )

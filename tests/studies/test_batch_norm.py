@@ -1,0 +1,192 @@
+"""What batch norm does to several domains: the notebook's functions, its committed numbers, its picture."""
+
+import ast
+import csv
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import nbformat
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from dbmtl.benchmarks.base import TensorSplit, get_benchmark
+from dbmtl.benchmarks.office import OfficeNet
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOK = ROOT / "nbs" / "16_studies/01_batch_norm.ipynb"
+COMMITTED = ROOT / "figures" / "batch_norm.csv"
+COLUMNS = "benchmark scale method seed data code domain selection epoch statistics accuracy shift stretch".split()
+
+
+@pytest.fixture(scope="module")
+def page():
+    """What the notebook imports and defines, and its two demonstrations; nothing is trained."""
+    names = {}
+    for cell in nbformat.read(NOTEBOOK, 4).cells:
+        if cell.cell_type == "code":
+            kinds = ast.Import | ast.ImportFrom | ast.FunctionDef
+            kept = [
+                n
+                for n in ast.parse(cell.source).body
+                if isinstance(n, kinds) or "nn.BatchNorm1d(" in cell.source
+            ]
+            exec(compile(ast.Module(kept, []), NOTEBOOK.name, "exec"), names)
+    return names
+
+
+def rows_of(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_batch_norm_by_hand(page):
+    """0 and 2, then 8 and 12: what a running mean of 5.5 and variance of 5 make of them."""
+    values = [(v - 5.5) / math.sqrt(5) for v in (0, 2, 8, 12)]
+    assert_close(torch.cat(page["in_evaluation"]).flatten(), torch.tensor(values))
+    assert [int((x > 0).sum()) for x in page["in_training"]] == [1, 1]
+    assert [int((x > 0).sum()) for x in page["in_evaluation"]] == [0, 2]
+    assert_close(
+        torch.cat([page["unit"].running_mean, page["unit"].running_var]),
+        torch.tensor([109 / 19, 98 / 19]),
+    )
+
+
+def test_batch_norm_shares_of_the_running_mean_are_those_of_the_formula():
+    m, means = 0.1, [3.0, -1.0, 7.0, 2.0]
+    unit = nn.BatchNorm1d(1, momentum=m)
+    for _ in range(100):
+        for mean in means:
+            unit(torch.tensor([[mean - 1], [mean + 1]]))
+    shares = [m * (1 - m) ** (4 - d) / (1 - (1 - m) ** 4) for d in (1, 2, 3, 4)]
+    assert math.isclose(sum(shares), 1)
+    assert_close(
+        unit.running_mean,
+        torch.tensor([sum(p * mean for p, mean in zip(shares, means, strict=True))]),
+    )
+    assert_close(
+        unit.running_var, torch.tensor([2.0])
+    )  # and nothing of the spread of the means, which is 7.6
+
+
+def network_and_split():
+    torch.manual_seed(0)
+    network = OfficeNet(["a", "b"], 3, "lite0-frozen", width=4).train()
+    split = TensorSplit(torch.randn(24, 1280) + 1, {"a": torch.zeros(24, dtype=torch.long)})
+    for inputs in torch.randn(6, 16, 1280) * 3 - 2:
+        network(inputs, "b")
+    return network, split
+
+
+def test_batch_norm_own_statistics_are_of_the_split_and_leave_the_network_alone(page):
+    network, split = network_and_split()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    state = torch.get_rng_state()
+    own = page["own_statistics"](network, "a", split, 8)
+    assert network.training and not any(layer.training for layer in own.modules())
+    assert torch.equal(torch.get_rng_state(), state)  # no dropout was drawn
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+        assert (
+            "running" in name or "tracked" in name or torch.equal(own.state_dict()[name], value)
+        ), name
+    outputs, norm = network.trunk.block[0](split.inputs).detach(), own.trunk.block[1]
+    assert_close(norm.running_mean, outputs.mean(0))  # three batches of eight, each counts the same
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0)).view(3, 8)
+    assert_close(norm.running_var, outputs[order].var(1).mean(0))
+    x = own(split.inputs, "a").detach()
+    by_hand = nn.functional.batch_norm(
+        outputs, norm.running_mean, norm.running_var, norm.weight, norm.bias
+    )
+    assert_close(x, network.heads["a"](by_hand.relu()).detach())
+
+
+def test_batch_norm_shift_and_stretch(page):
+    network, split = network_and_split()
+    own = page["own_statistics"](network, "a", split, 8)
+    assert page["shift_and_stretch"](own, own) == (0.0, 1.0)
+    used, norm = network.trunk.block[1], own.trunk.block[1]
+    norm.running_mean.copy_(used.running_mean + 3 * used.running_var.sqrt())
+    norm.running_var.copy_(4 * used.running_var)
+    assert_close(torch.tensor(page["shift_and_stretch"](network, own)), torch.tensor([3.0, 2.0]))
+
+
+def test_batch_norm_delta_p_is_against_the_mean_of_stl(page):
+    both = [
+        {"x": {"accuracy": 80.0}, "y": {"accuracy": 50.0}},
+        {"x": {"accuracy": 90.0}, "y": {"accuracy": 50.0}},
+    ]
+    runs = {"STL": {0: both[0], 1: both[0]}, "EW": {0: both[0], 1: both[1]}}
+    assert page["gains"](runs) == {"EW": {0: 0.0, 1: pytest.approx(100 * (10 / 80) / 2)}}
+
+
+# --------------------------------------------------------------------------------------------------- committed numbers
+
+
+def test_batch_norm_committed_numbers_are_complete():
+    table = rows_of(COMMITTED)
+    assert list(table[0]) == COLUMNS and all(value != "" for row in table for value in row.values())
+    key = ("benchmark", "method", "seed", "domain", "selection", "statistics")
+    found = {tuple(row[name] for name in key): row for row in table}
+    assert len(found) == len(table) and {row["scale"] for row in table} == {"cpu"}
+    for name in ("office31", "pacs"):
+        domains = get_benchmark(name).task_names
+        sets = (["STL", "EW", "DB-MTL"], "012", domains, ["best", "last"], ["mixed", "own"])
+        assert {k[1:] for k in found if k[0] == name} == set(itertools.product(*sets))
+        assert len({row["data"] for row in table if row["benchmark"] == name}) == 1
+    for row in table:
+        other = found[*(row[name] for name in key[:-1]), "own"]
+        assert other["epoch"] == row["epoch"] and (
+            row["selection"] == "best" or row["epoch"] == "30"
+        )
+        assert 50 < float(row["accuracy"]) <= 100
+        assert (row["statistics"] == "own") == (row["shift"] == "0" and row["stretch"] == "1")
+
+
+@pytest.mark.parametrize("selection", ["best", "last"])
+def test_batch_norm_committed_numbers_show_what_the_page_says(page, selection):
+    table = rows_of(COMMITTED)
+    for row in page["domain_rows"](table, selection):
+        gained = row["own"] - row["mixed"]
+        if row["method"] != "STL" and row["domain"] == "sketch":
+            assert gained > 4 and row["shift"] > 0.4 and row["stretch"] < 0.7
+        elif row["method"] == "STL" or row["benchmark"] == "office31":
+            assert abs(gained) < 0.6 and row["shift"] < 0.2
+    for kind, low, high in (("mixed", -6, -1), ("own", -0.5, 0.5)):
+        found = page["gains"](page["accuracies"](table, "pacs", selection)[kind])
+        assert all(low < page["mean"](found[method].values()) < high for method in ("EW", "DB-MTL"))
+
+
+def test_batch_norm_picture_is_drawn_from_the_committed_numbers_alone(page, tmp_path):
+    """At smoke scale, in a folder of its own, from numbers that nobody measured."""
+    table = [row for row in rows_of(COMMITTED) if row["benchmark"] == "pacs"]
+    for row in table:
+        row["accuracy"] = f"{float(row['accuracy']) - 1:.6g}"
+    with matplotlib.rc_context():
+        page["use_style"]()
+        path = page["write_rows"](table, tmp_path / "numbers.csv")
+        wanted = page["save_figure"](page["draw"](page["read_rows"](path)), "wanted", tmp_path)
+        page["plt"].close("all")
+    (tmp_path / "figures").mkdir()
+    path.rename(tmp_path / "figures" / "batch_norm.csv")
+    before = (tmp_path / "figures" / "batch_norm.csv").read_bytes()
+    command = [sys.executable, ROOT / "ci" / "run_notebooks.py", "--only", NOTEBOOK.stem]
+    env = {**os.environ, "DBMTL_OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=180, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert (tmp_path / "figures" / "batch_norm.csv").read_bytes() == before
+    for file in wanted:
+        drawn = (tmp_path / "figures" / f"batch_norm{file.suffix}").read_bytes()
+        assert drawn == file.read_bytes()
+        assert drawn != (ROOT / "figures" / f"batch_norm{file.suffix}").read_bytes()
+        assert (tmp_path / "out" / "smoke" / "figures" / f"batch_norm{file.suffix}").exists()
+    own = rows_of(tmp_path / "out" / "smoke" / "figures" / "batch_norm.csv")
+    assert list(own[0]) == COLUMNS and {row["scale"] for row in own} == {"smoke"}
