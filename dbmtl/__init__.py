@@ -11,59 +11,36 @@ from importlib import import_module
 
 # %% ../nbs/17_site/04_public_names.ipynb #1f919323
 __doc__ = "Balance the tasks of a multi-task network: DB-MTL, and what it is compared with."
-_WHERE = {
-    "Balancer": "core.balancer",
+_MODULES = {
     "DBMTL": "dbmtl",
+    "Balancer": "core.balancer",
+    "Transform": "core.transform",
+    "Aggregator": "core.aggregator",
+    "EMA": "core.ema",
     "make_balancer": "registry",
     "method_names": "registry",
-    "hyperparameters": "registry",
     "method_facts": "registry",
-    "Transform": "core.transform",
-    "Identity": "core.transform",
-    "Log": "core.transform",
-    "IMTLL": "core.transform",
-    "GLS": "loss_balancing.uw",
-    "RLW": "loss_balancing.uw",
-    "UW": "loss_balancing.uw",
-    "DWA": "loss_balancing.uw",
-    "IGBv2": "loss_balancing.igb",
-    "FAMO": "loss_balancing.famo",
-    "STCH": "loss_balancing.famo",
-    "Aggregator": "core.aggregator",
-    "Sum": "core.aggregator",
-    "MaxNorm": "core.aggregator",
-    "EMA": "core.ema",
-    "MGDA": "gradient_balancing.mgda",
-    "GradNorm": "gradient_balancing.gradnorm",
-    "PCGrad": "gradient_balancing.pcgrad",
-    "GradVac": "gradient_balancing.pcgrad",
-    "GradDrop": "gradient_balancing.graddrop",
-    "GradDropFeatures": "gradient_balancing.graddrop",
-    "IMTLG": "gradient_balancing.imtl_g",
-    "AlignedMTL": "gradient_balancing.imtl_g",
-    "ConFIG": "gradient_balancing.imtl_g",
-    "CAGrad": "gradient_balancing.cagrad",
-    "NashMTL": "gradient_balancing.nash_mtl",
-    "FairGrad": "gradient_balancing.nash_mtl",
-    "UPGrad": "gradient_balancing.upgrad",
-    "MetaBalance": "gradient_balancing.mtadam",
-    "MTAdam": "gradient_balancing.mtadam",
-    "MoCo": "gradient_balancing.moco",
-    "ExcessMTL": "gradient_balancing.moco",
-    "SDMGrad": "gradient_balancing.sdmgrad",
-    "MoDo": "gradient_balancing.sdmgrad",
-    "delta_p": "experiments.metrics",
+    "hyperparameters": "registry",
     "get_benchmark": "benchmarks.base",
+    "delta_p": "experiments.metrics",
 }
 
 # %% ../nbs/17_site/04_public_names.ipynb #243638aa
+def _method_classes() -> dict:  # {name: class}
+    "The transforms and aggregators of all methods; loads torch."
+    return import_module("dbmtl.registry").method_classes()
+
+# %% ../nbs/17_site/04_public_names.ipynb #9e000007
 def __getattr__(name: str):
-    if name not in _WHERE:
+    if name in _MODULES:
+        value = getattr(import_module(f"dbmtl.{_MODULES[name]}"), name)
+    elif name[:1].isupper() and name in _method_classes():
+        value = _method_classes()[name]
+    else:
         raise AttributeError(f"module 'dbmtl' has no attribute {name!r}")
-    value = getattr(import_module(f"dbmtl.{_WHERE[name]}"), name)
     globals()[name] = value
     return value
 
 # %% ../nbs/17_site/04_public_names.ipynb #4f57788f
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_WHERE])
+    return sorted({*globals(), *_MODULES, *_method_classes()})

@@ -6,10 +6,10 @@
 __all__ = ['DBMTL']
 
 # %% ../nbs/04_dbmtl.ipynb #7dfe3d33
-from .core.aggregator import MaxNorm
 from .core.balancer import Balancer
 from .core.ema import EMA
-from .core.transform import Log
+from .gradient_balancing.max_norm import MaxNorm
+from .loss_balancing.log import Log
 
 # %% ../nbs/04_dbmtl.ipynb #1d1b8a78
 class DBMTL(Balancer):

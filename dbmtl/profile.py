@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .core.balancer import Balancer
-from .core.task_gradients import leaves, trace
+from .core.task_gradients import trace
 from .core.transform import slopes
 
 # %% ../nbs/06_profile.ipynb #cfad921f
@@ -69,7 +69,7 @@ def _step(balancer: Balancer, probe: Probe):
     batches = [probe.losses(z) for z in zs]
     if balancer.level == "features":
         balancer.backward(batches[0], features=zs[0])
-    elif balancer.aggregator.needs == "cross gramian":
+    elif balancer.aggregator.num_batches == 3:
         balancer.backward(*batches)
     else:
         balancer.backward(batches[0])
@@ -89,7 +89,7 @@ def _after(balancer: Balancer, probe: Probe):
 # %% ../nbs/06_profile.ipynb #32924420
 def _ratios(balancer: Balancer, probe: Probe, found: list) -> Tensor:  # [T]
     "Each head's gradient over what the transformed loss alone would give it."
-    three = balancer.aggregator.needs == "cross gramian"
+    three = balancer.aggregator.num_batches == 3
     batches = [probe.losses(probe.features(batch)) for batch in range(3 if three else 1)]
     taken = [
         slopes(balancer.transform, torch.stack(b).detach())[0] if three else balancer.slopes
@@ -153,7 +153,7 @@ def anatomy(
         with torch.enable_grad():
             ratios = _ratios(balancer, probe, found)
         _after(balancer, probe)
-    three = balancer.aggregator.needs == "cross gramian"
+    three = balancer.aggregator.num_batches == 3
     if balancer.aggregator.moves_alone:
         heads = "own updates"
     elif torch.allclose(ratios, torch.ones_like(ratios), rtol=1e-6):
@@ -228,7 +228,7 @@ def _reaches(roots, numbers) -> bool:
     edges = [
         get_gradient_edge(root) if isinstance(root, Tensor) else root for root in _listed(roots)
     ]
-    return any(id(leaf) in numbers for leaf in leaves(trace(edges)))
+    return any(id(leaf) in numbers for leaf in trace(edges).leaves)
 
 # %% ../nbs/06_profile.ipynb #f1cd7a2e
 class _Engine:

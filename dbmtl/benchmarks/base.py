@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 
 import torch
-from ..core.checks import unknown_name
 from torch import Tensor, nn
+
+from ..core.checks import unknown_name
 
 # %% ../../nbs/09_benchmarks/01_base.ipynb #b34bd4de
 @dataclass(frozen=True)

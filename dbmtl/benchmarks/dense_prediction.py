@@ -11,11 +11,11 @@ import copy
 import math
 
 import torch
-from ..core.checks import unknown_name
 from torch import Tensor
 from torch.nn import functional as F
 
 from .base import Metric, Task
+from ..core.checks import unknown_name
 
 # %% ../../nbs/09_benchmarks/03_dense_prediction.ipynb #957f8bc6
 VOID = 255  # label of a pixel whose class nobody knows

@@ -9,9 +9,8 @@ __all__ = ['SETS', 'parse_size', 'prepare', 'main', 'store_table']
 import argparse
 import re
 
-from ..core.checks import unknown_name
-
 from .office import lite0_features
+from ..core.checks import unknown_name
 from ..data.cityscapes import prepare_cityscapes
 from ..data.image_store import cache_folder
 from ..data.nyuv2 import prepare_nyuv2

@@ -11,7 +11,6 @@ import hashlib
 from importlib.resources import files
 
 import torch
-from ..core.files import data_folder
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,6 +23,7 @@ from dbmtl.benchmarks.base import (
     Task,
     constant_floor,
 )
+from ..core.files import data_folder
 from ..data.qm9 import QM9, TASKS, Molecules, check_file, load_qm9, load_sample, normalization
 from ..models.qm9 import QM9Network, dense_batch
 

@@ -9,6 +9,9 @@ __all__ = ['smooth', 'beta_at', 'EMA']
 import torch
 from torch import Tensor
 
+from .checks import check_number
+from .task_gradients import at_least_float32
+
 # %% ../../nbs/01_core/05_ema.ipynb #86302f39
 def smooth(
     new: list[Tensor],  # P tensors, this step's gradient
@@ -19,7 +22,8 @@ def smooth(
     if old is None:
         return list(torch._foreach_mul(new, 1 - beta))
     if isinstance(beta, Tensor):
-        return [n.lerp(o, beta.to(n.dtype)) for n, o in zip(new, old, strict=True)]
+        pairs = zip(new, old, strict=True)
+        return [gradient.lerp(average, beta.to(gradient.dtype)) for gradient, average in pairs]
     return list(torch._foreach_lerp(new, old, beta))
 
 # %% ../../nbs/01_core/05_ema.ipynb #db1e02d2
@@ -33,39 +37,64 @@ def beta_at(
 
 # %% ../../nbs/01_core/05_ema.ipynb #9bf6c42c
 class EMA:
-    "Exponential moving average of each task's gradient, beta_k = beta / k^beta_decay on the OLD value (Algorithm 1)."
+    "Moving average of each task's gradient, beta_k = beta / k^beta_decay on the OLD value (Algorithm 1)."
 
     def __init__(
         self,
         beta: float = 0.5,  # weight of the old value at step 1, in [0, 1)
         beta_decay: float = 0.5,  # sigma; 0 keeps beta constant
     ):
-        if not 0 <= beta < 1:
-            raise ValueError(f"beta must be in [0, 1), got {beta}")
-        if not beta_decay >= 0:
-            raise ValueError(f"beta_decay must not be negative, got {beta_decay}")
-        self.beta, self.beta_decay = float(beta), float(beta_decay)
+        self.beta = check_number("beta", beta, at_least=0, below=1)
+        self.beta_decay = check_number("beta_decay", beta_decay, at_least=0)
         self.rows: dict[int, dict[int, Tensor]] = {}  # task -> {position of the parameter: average}
 
     def positions(self) -> set[int]:
         "The parameters that any task has an average for."
         return set().union(*self.rows.values())
 
-    def propose(self, t: int, row: list[Tensor], where: list[int], k: int | Tensor) -> list[Tensor]:
+    def propose(
+        self,
+        t: int,  # task
+        row: list[Tensor],  # P tensors, its gradient in this step
+        positions: list[int],  # of the P tensors among the shared parameters
+        k: int | Tensor,  # step, from 1
+    ) -> list[Tensor]:  # P tensors, in float32 at least
         "Task t's smoothed gradient in step k, without storing it."
-        old, beta = self.rows.get(t), beta_at(k, self.beta, self.beta_decay)
-        row = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in row]
-        if old is None:
+        beta = beta_at(k, self.beta, self.beta_decay)
+        row = [gradient.to(at_least_float32(gradient.dtype)) for gradient in row]
+        if t not in self.rows:
             return smooth(row, None, beta)
-        return smooth(
-            row,
-            [old[i] if i in old else torch.zeros_like(g) for i, g in zip(where, row, strict=True)],
-            beta,
-        )
+        return smooth(row, self._averages(t, row, positions), beta)
 
-    def keep(self, t: int, row: list[Tensor], where: list[int]):
+    def _averages(self, t: int, row: list[Tensor], positions: list[int]) -> list[Tensor]:
+        "Task t's averages at these positions; zeros where there is none yet."
+        averages = self.rows.get(t, {})
+        return [
+            averages[position] if position in averages else torch.zeros_like(gradient)
+            for position, gradient in zip(positions, row, strict=True)
+        ]
+
+    def keep(self, t: int, row: list[Tensor], positions: list[int]):
         "Store task t's smoothed gradient."
-        self.rows[t] = dict(zip(where, row, strict=True))
+        self.rows[t] = dict(zip(positions, row, strict=True))
+
+    def keep_if_finite(
+        self,
+        t: int,  # task
+        row: list[Tensor],  # P tensors, from `propose`
+        positions: list[int],  # of the P tensors among the shared parameters
+        length: Tensor,  # scalar, norm of the row
+    ) -> list[Tensor]:  # P tensors: the row to go on with
+        "Store task t's smoothed gradient unless it is not finite. Off the CPU this has never run."
+        is_finite = length.isfinite()
+        if length.device.type == "cpu":
+            if is_finite:
+                self.keep(t, row, positions)
+            return row
+        pairs = zip(row, self._averages(t, row, positions), strict=True)
+        stored = [torch.where(is_finite, gradient, average) for gradient, average in pairs]
+        self.keep(t, stored, positions)
+        return stored
 
     def __repr__(self) -> str:
         return f"EMA(beta={self.beta}, beta_decay={self.beta_decay})"

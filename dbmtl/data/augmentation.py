@@ -9,9 +9,10 @@ __all__ = ['NAMES', 'FIELDS', 'random_crop_scale', 'random_flip', 'DenseSplit']
 import functools
 
 import torch
-from ..core.checks import unknown_name
 from torch import Tensor
 from torch.nn import functional as F
+
+from ..core.checks import unknown_name
 
 # %% ../../nbs/07_data/04_augmentation.ipynb #30ca7286
 NAMES = ("image", "label", "depth", "normal")

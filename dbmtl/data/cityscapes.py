@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from ..core.files import data_folder
 
+from ..core.files import data_folder
 from .image_store import Item, area, build_store, missing, nearest, open_store, read_image
 
 # %% ../../nbs/07_data/08_cityscapes.ipynb #260354bc

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from ..core.files import data_folder
 
+from ..core.files import data_folder
 from dbmtl.data.image_store import (
     Item,
     area,

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
 from ..core.checks import unknown_name
 from ..core.files import data_folder
-
 from .image_store import Item, build_store, missing, open_store, read_image
 
 # %% ../../nbs/07_data/09_office.ipynb #c26393df

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from ..core.files import data_folder
 
 # %% ../../nbs/07_data/05_qm9.ipynb #11482446

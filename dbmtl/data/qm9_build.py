@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ..core.files import data_folder, write_atomically
 
+from ..core.files import data_folder, write_atomically
 from .qm9 import DECIMALS, pack_integers, ranges, unpack_integers
 
 # %% ../../nbs/07_data/06_qm9_build.ipynb #3071a48b

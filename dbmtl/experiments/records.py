@@ -26,10 +26,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from ..core.checks import unknown_name
-from ..core.files import write_atomically
 
 from ..benchmarks.base import benchmark_module, get_benchmark
+from ..core.checks import unknown_name
+from ..core.files import write_atomically
 from ..registry import make_balancer
 
 # %% ../../nbs/10_experiments/02_records.ipynb #f5e6d4e7

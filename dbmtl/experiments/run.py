@@ -22,10 +22,10 @@ import time
 from pathlib import Path
 
 import torch
-from ..core.checks import unknown_name
-from ..core.files import write_atomically
 
 from ..benchmarks.base import benchmark_module, benchmark_names, get_benchmark
+from ..core.checks import unknown_name
+from ..core.files import write_atomically
 from dbmtl.experiments.records import (
     configuration,
     find_record,

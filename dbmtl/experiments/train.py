@@ -21,9 +21,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from ..core.files import write_atomically
 
 from ..benchmarks.base import get_benchmark
+from ..core.files import write_atomically
 from ..core.gramian import cosines, gramian
 from ..core.task_gradients import task_gradients
 from .metrics import improvements, select
@@ -233,7 +233,7 @@ def run_notes(
             f"{type(asked).__name__} writes finished updates: {type(optimizer).__name__} takes the place of the "
             "benchmark's optimizer, with its learning rates; the weight decay is decoupled"
         )
-    if asked.needs == "cross gramian":
+    if asked.num_batches == 3:
         notes.append("three independent batches a step: three times the samples")
     if balancer.transform.looks_again:
         notes.append("a second forward pass a step, in train mode and without gradients")
@@ -266,9 +266,7 @@ class Loop:
         self.scheduler = benchmark.scheduler(self.optimizer, scale) if benchmark.scheduler else None
         self.scaler = _scaler(scale, device)
         self.steps = epoch_steps(data.train, tasks, scale.batch_size, benchmark.drop_last)
-        self.generators = _generators(
-            seed, 3 if self.balancer.aggregator.needs == "cross gramian" else 1
-        )
+        self.generators = _generators(seed, 3 if self.balancer.aggregator.num_batches == 3 else 1)
         self.rows, self.monitors, self.losses = [], {}, None
         self._start_epoch()
 

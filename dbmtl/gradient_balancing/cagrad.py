@@ -9,7 +9,7 @@ __all__ = ['conflict_averse_weights', 'CAGrad']
 import torch
 from torch import Tensor
 
-from ..core.aggregator import Aggregator
+from ..core.aggregator import GramianAggregator
 from ..core.solvers import cagrad_weights, dual_cone_weights
 
 # %% ../../nbs/03_gradient_balancing/09_cagrad.ipynb #b2cd571e
@@ -28,7 +28,7 @@ def conflict_averse_weights(
     return dual_cone_weights(M, mean[None])[0]
 
 # %% ../../nbs/03_gradient_balancing/09_cagrad.ipynb #cfdf756b
-class CAGrad(Aggregator):
+class CAGrad(GramianAggregator):
     "The best direction for the worst-off task in a ball around the mean gradient: CAGrad (Liu et al., NeurIPS 2021)."
 
     def __init__(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core.aggregator import Aggregator
+from ..core.aggregator import FeatureAggregator, GradientAggregator
 
 # %% ../../nbs/03_gradient_balancing/07_graddrop.ipynb #f628cfd9
 def purity(
@@ -55,10 +55,8 @@ def _per_task(leak: float | tuple[float, ...], num_tasks: int) -> list[float]:
     return list(leak)
 
 # %% ../../nbs/03_gradient_balancing/07_graddrop.ipynb #2d66f664
-class GradDrop(Aggregator):
+class GradDrop(GradientAggregator):
     "Keep one random sign for each coordinate of the parameter gradients, GradDrop (Chen et al., NeurIPS 2020)."
-
-    needs = "gradients"
 
     def __init__(
         self,
@@ -102,10 +100,8 @@ def batch_signs(
     return [(c * a.sign()).sum(0) for c, a in zip(cotangents, features, strict=True)]
 
 # %% ../../nbs/03_gradient_balancing/07_graddrop.ipynb #91069bba
-class GradDropFeatures(Aggregator):
+class GradDropFeatures(FeatureAggregator):
     "Keep one random sign for each feature, GradDrop as published (Chen et al., NeurIPS 2020)."
-
-    needs = "features"
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ __all__ = ['training_rates', 'score_gradient', 'GradNorm']
 import torch
 from torch import Tensor, nn
 
-from ..core.aggregator import Aggregator
+from ..core.aggregator import NormAggregator
 from ..core.epoch_means import EpochMeans, _check_whole
 
 # %% ../../nbs/03_gradient_balancing/04_gradnorm.ipynb #f9746405
@@ -47,10 +47,8 @@ def _check(losses: Tensor):
         )
 
 # %% ../../nbs/03_gradient_balancing/04_gradnorm.ipynb #1ef95c8f
-class GradNorm(Aggregator):
+class GradNorm(NormAggregator):
     "Weights learned so that gradient norms approach common targets, GradNorm (Chen et al., ICML 2018)."
-
-    needs = "norms"
 
     def __init__(
         self,

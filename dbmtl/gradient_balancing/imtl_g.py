@@ -9,7 +9,7 @@ __all__ = ['spectrum', 'impartial_weights', 'IMTLG', 'conflict_free_weights', 'C
 import torch
 from torch import Tensor
 
-from ..core.aggregator import Aggregator
+from ..core.aggregator import GramianAggregator
 from ..core.gramian import cosines
 
 # %% ../../nbs/03_gradient_balancing/08_imtl_g.ipynb #48468354
@@ -47,7 +47,7 @@ def impartial_weights(
     return torch.where(total.abs() > 1e-12 * alpha.abs().sum(), alpha / total, 0)
 
 # %% ../../nbs/03_gradient_balancing/08_imtl_g.ipynb #d80fe389
-class IMTLG(Aggregator):
+class IMTLG(GramianAggregator):
     "Equal projections on all unit gradients, IMTL-G (Liu et al., ICLR 2021), on parameter gradients."
 
     def __init__(
@@ -78,7 +78,7 @@ def conflict_free_weights(
     return torch.where(parts.square().sum() > len(M) * rtol, alpha, 0)
 
 # %% ../../nbs/03_gradient_balancing/08_imtl_g.ipynb #3efc401a
-class ConFIG(Aggregator):
+class ConFIG(GramianAggregator):
     "Equal angles with all gradients and their common length along it, ConFIG (Liu, Chu, Thuerey, ICLR 2025)."
 
     def __init__(
@@ -112,7 +112,7 @@ def aligned_weights(
     return vectors @ (roots * vectors.sum(0))
 
 # %% ../../nbs/03_gradient_balancing/08_imtl_g.ipynb #dce7fe2f
-class AlignedMTL(Aggregator):
+class AlignedMTL(GramianAggregator):
     "The sum of orthogonal gradients of equal length nearest to the given ones, Aligned-MTL (Senushkin et al., CVPR 2023)."
 
     def __init__(

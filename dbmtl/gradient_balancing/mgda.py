@@ -9,7 +9,7 @@ __all__ = ['divisors', 'MGDA']
 import torch
 from torch import Tensor
 
-from ..core.aggregator import Aggregator
+from ..core.aggregator import GramianAggregator
 from ..core.solvers import min_norm_weights
 
 # %% ../../nbs/03_gradient_balancing/03_mgda.ipynb #6eb99b13
@@ -35,7 +35,7 @@ def divisors(
     return n
 
 # %% ../../nbs/03_gradient_balancing/03_mgda.ipynb #3d9d67de
-class MGDA(Aggregator):
+class MGDA(GramianAggregator):
     "The min-norm point of the hull of the gradients: MGDA (Sener and Koltun, NeurIPS 2018; Désidéri 2012)."
 
     def __init__(

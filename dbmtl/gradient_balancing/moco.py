@@ -9,7 +9,7 @@ __all__ = ['track', 'move_lambda', 'MoCo', 'excess_risk', 'ExcessMTL']
 import torch
 from torch import Tensor
 
-from ..core.aggregator import Aggregator
+from ..core.aggregator import GradientAggregator
 from ..core.gramian import gramian, norms
 from ..core.solvers import project_simplex
 
@@ -70,10 +70,8 @@ def _check(**values):
             raise ValueError(f"{name} must be {text}, got {value!r}")
 
 # %% ../../nbs/03_gradient_balancing/13_moco.ipynb #aff4e495
-class MoCo(Aggregator):
+class MoCo(GradientAggregator):
     "Weights and direction from tracked gradients, MoCo (Fernando et al., ICLR 2023)."
-
-    needs = "gradients"
 
     def __init__(
         self,
@@ -177,10 +175,8 @@ def excess_risk(
     return torch.stack(parts).double()
 
 # %% ../../nbs/03_gradient_balancing/13_moco.ipynb #ee91739f
-class ExcessMTL(Aggregator):
+class ExcessMTL(GradientAggregator):
     "More weight for tasks far from their optimum, ExcessMTL (He et al., ICML 2024)."
-
-    needs = "gradients"
 
     def __init__(
         self,

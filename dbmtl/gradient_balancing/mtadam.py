@@ -9,7 +9,7 @@ __all__ = ['anchored_weights', 'MetaBalance', 'anchor_ratios', 'adam_moments', '
 import torch
 from torch import Tensor
 
-from ..core.aggregator import Aggregator
+from ..core.aggregator import GradientAggregator, TensorNormAggregator
 from ..core.gramian import tensor_norms
 
 # %% ../../nbs/03_gradient_balancing/10_mtadam.ipynb #4fcbe8ed
@@ -22,10 +22,8 @@ def anchored_weights(
     return r * torch.where(n > 0, n[target] / n, 0) + (1 - r)
 
 # %% ../../nbs/03_gradient_balancing/10_mtadam.ipynb #6274eaf3
-class MetaBalance(Aggregator):
+class MetaBalance(TensorNormAggregator):
     "Pull each task's norm in each tensor towards an anchor task's, MetaBalance (He et al., WWW 2022)."
-
-    needs = "tensor norms"
 
     def __init__(
         self,
@@ -155,10 +153,10 @@ def _match(
     return leaves, shapes
 
 # %% ../../nbs/03_gradient_balancing/10_mtadam.ipynb #944db877
-class MTAdam(Aggregator):
+class MTAdam(GradientAggregator):
     "One Adam a task, on gradients of equal norm in each tensor, MTAdam (Malkiel and Wolf, EMNLP 2021)."
 
-    needs, moves_alone = "gradients", True
+    moves_alone = True
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ __all__ = ['NashMTL', 'FairGrad']
 import torch
 from torch import Tensor
 
-from ..core.aggregator import Aggregator
+from ..core.aggregator import GramianAggregator
 from ..core.solvers import power_weights
 
 # %% ../../nbs/03_gradient_balancing/11_nash_mtl.ipynb #f1a77613
@@ -22,7 +22,7 @@ def _bound(max_norm: float | None) -> float | None:
     return float(max_norm)
 
 # %% ../../nbs/03_gradient_balancing/11_nash_mtl.ipynb #a23aa81c
-class NashMTL(Aggregator):
+class NashMTL(GramianAggregator):
     "The largest product of gains, M a = 1/a, solved exactly: Nash-MTL (Navon et al., ICML 2022)."
 
     weights_heads = True
@@ -39,8 +39,8 @@ class NashMTL(Aggregator):
         self.max_norm, self.update_every = _bound(max_norm), update_every
 
     @property
-    def needs(self) -> str:
-        return "none" if self.memory.get("steps_left") else "gramian"
+    def needs_gradients(self) -> bool:
+        return not self.memory.get("steps_left")
 
     def forward(self, M: Tensor | None, losses: Tensor) -> Tensor:
         if M is None:
@@ -55,7 +55,7 @@ class NashMTL(Aggregator):
         return f"max_norm={self.max_norm}, update_every={self.update_every}"
 
 # %% ../../nbs/03_gradient_balancing/11_nash_mtl.ipynb #19fd59a0
-class FairGrad(Aggregator):
+class FairGrad(GramianAggregator):
     "The alpha-fair share of the gains, M a = a^(-1/alpha): FairGrad (Ban and Ji, ICML 2024)."
 
     def __init__(

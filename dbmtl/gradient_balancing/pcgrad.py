@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from ..core.aggregator import Aggregator
+from ..core.aggregator import GramianAggregator, StepGradients, TensorGramianAggregator
 
 # %% ../../nbs/03_gradient_balancing/05_pcgrad.ipynb #98afab7c
 def visits(
@@ -52,7 +52,7 @@ def _check(eps: float, order: str):
         raise ValueError(f'order must be "random" or "fixed", got {order!r}')
 
 # %% ../../nbs/03_gradient_balancing/05_pcgrad.ipynb #431ce34e
-class PCGrad(Aggregator):
+class PCGrad(GramianAggregator):
     "Project each gradient off those it conflicts with, PCGrad (Yu et al., NeurIPS 2020)."
 
     may_fail = False
@@ -130,7 +130,7 @@ def _members(group: str | tuple, where: list[int]) -> dict:
     return places
 
 # %% ../../nbs/03_gradient_balancing/05_pcgrad.ipynb #1f9c420a
-class GradVac(Aggregator):
+class GradVac(TensorGramianAggregator):
     "Turn each gradient until its cosines are the usual ones, GradVac (Wang et al., ICLR 2021)."
 
     def __init__(
@@ -168,12 +168,16 @@ class GradVac(Aggregator):
         self.eps, self.order = float(eps), order
 
     @property
-    def needs(self) -> str:
-        return "gramian" if self.group == "model" else "tensor gramians"
+    def at_features(self) -> bool:
+        return self.group == "model"
+
+    def measure(self, gradients: StepGradients) -> Tensor:  # [P, T, T]; [1, T, T] of the model
+        grams = super().measure(gradients)
+        return grams.sum(0, keepdim=True) if self.group == "model" else grams
 
     def forward(self, need: Tensor, losses: Tensor, where: list[int] | None = None) -> Tensor:
         if self.group == "model":
-            return self._weights(need.double()[None], ["model"])[0]
+            return self._weights(need.double().view(1, *need.shape[-2:]), ["model"])[0]
         places = _members(self.group, where)
         grouped = torch.stack([need[members].double().sum(0) for members in places.values()])
         weights = self._weights(grouped, list(places))

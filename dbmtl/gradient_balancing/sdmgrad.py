@@ -9,7 +9,7 @@ __all__ = ['unit_scale', 'descend_on_simplex', 'SDMGrad', 'MoDo']
 import torch
 from torch import Tensor
 
-from ..core.aggregator import Aggregator
+from ..core.aggregator import CrossGramianAggregator
 from ..core.solvers import project_simplex
 from .moco import _check, _within, move_lambda
 
@@ -39,7 +39,7 @@ def descend_on_simplex(
     return w
 
 # %% ../../nbs/03_gradient_balancing/19_sdmgrad.ipynb #024f3aa8
-_HEADS = ("sum", "mean", "last")  # of the three batches' gradients
+_HEADS = {"sum": [1.0, 1.0, 1.0], "mean": [1 / 3] * 3, "last": [0.0, 0.0, 1.0]}
 
 # %% ../../nbs/03_gradient_balancing/19_sdmgrad.ipynb #59c65200
 def _kept(memory: dict, name: str, C: Tensor) -> Tensor:
@@ -47,10 +47,8 @@ def _kept(memory: dict, name: str, C: Tensor) -> Tensor:
     return memory.get(name, torch.full_like(C[0], 1 / len(C), dtype=torch.float64))
 
 # %% ../../nbs/03_gradient_balancing/19_sdmgrad.ipynb #eeac5893
-class SDMGrad(Aggregator):
+class SDMGrad(CrossGramianAggregator):
     "Weights from two batches for a third, near the mean, SDMGrad (Xiao, Ban and Ji, NeurIPS 2023)."
-
-    needs, may_fail = "cross gramian", False
 
     def __init__(
         self,
@@ -73,7 +71,7 @@ class SDMGrad(Aggregator):
                 "a whole number, at least 1",
             ),
             eps=(eps, _within(eps), "finite and at least 0"),
-            heads=(heads, heads in _HEADS, f"one of {_HEADS}"),
+            heads=(heads, heads in _HEADS, f"one of {list(_HEADS)}"),
         )
         self.pull, self.lr, self.momentum, self.steps = (
             float(pull),
@@ -82,6 +80,9 @@ class SDMGrad(Aggregator):
             int(steps),
         )
         self.normalize, self.eps, self.heads = bool(normalize), float(eps), heads
+
+    def batch_weights(self) -> list[float]:
+        return _HEADS[self.heads]
 
     def forward(self, C: Tensor, losses: Tensor) -> Tensor:
         C = C.double()
@@ -99,10 +100,8 @@ class SDMGrad(Aggregator):
         )
 
 # %% ../../nbs/03_gradient_balancing/19_sdmgrad.ipynb #2bba435e
-class MoDo(Aggregator):
+class MoDo(CrossGramianAggregator):
     "One projected step of the weights by two batches, for a third, MoDo (Chen et al., NeurIPS 2023)."
-
-    needs, may_fail = "cross gramian", False
 
     def __init__(
         self,
@@ -114,9 +113,12 @@ class MoDo(Aggregator):
         _check(
             gamma=(gamma, _within(gamma), "finite and at least 0"),
             rho=(rho, _within(rho), "finite and at least 0"),
-            heads=(heads, heads in _HEADS, f"one of {_HEADS}"),
+            heads=(heads, heads in _HEADS, f"one of {list(_HEADS)}"),
         )
         self.gamma, self.rho, self.heads = float(gamma), float(rho), heads
+
+    def batch_weights(self) -> list[float]:
+        return _HEADS[self.heads]
 
     def forward(self, C: Tensor, losses: Tensor) -> Tensor:
         lam = move_lambda(_kept(self.memory, "lambda", C), C.double(), self.gamma, self.rho)

@@ -9,7 +9,7 @@ __all__ = ['upgrad_weights', 'UPGrad']
 import torch
 from torch import Tensor
 
-from ..core.aggregator import Aggregator
+from ..core.aggregator import GramianAggregator
 from ..core.solvers import dual_cone_weights
 
 # %% ../../nbs/03_gradient_balancing/16_upgrad.ipynb #4f103d08
@@ -22,7 +22,7 @@ def upgrad_weights(
     return dual_cone_weights(M + reg_eps * M.trace() * eye, eye).mean(0)
 
 # %% ../../nbs/03_gradient_balancing/16_upgrad.ipynb #1bc33fd0
-class UPGrad(Aggregator):
+class UPGrad(GramianAggregator):
     "The mean of the gradients, each projected on the cone without conflict: UPGrad (Quinton and Rey, 2024)."
 
     def __init__(

@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import torch
 import torch.utils.checkpoint
-from ..core.checks import unknown_name
 from torch import Tensor, nn
+
+from ..core.checks import unknown_name
 
 # %% ../../nbs/08_models/07_precision.ipynb #3980f39f
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

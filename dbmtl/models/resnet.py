@@ -17,9 +17,10 @@ from http.client import HTTPException
 from pathlib import Path
 
 import torch
-from ..core.files import data_folder
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..core.files import data_folder
 
 # %% ../../nbs/08_models/02_resnet.ipynb #aaa1dc06
 class BasicBlock(nn.Module):

@@ -13,9 +13,8 @@ import html
 import math
 from pathlib import Path
 
-from ..core.files import write_atomically
-
 from ..benchmarks.base import get_benchmark
+from ..core.files import write_atomically
 from ..experiments.metrics import Interval, delta_p, delta_p_per_task, interval, mean_rank
 from dbmtl.experiments.records import (
     above_floor,

@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from ..core.files import write_atomically
 
+from ..core.files import write_atomically
 from ..experiments.run import label_of
 from .comparison import describe_runs, estimate
 from .style import method_style, printed_name, seed_band

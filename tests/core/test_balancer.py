@@ -13,7 +13,6 @@ from torch.testing import assert_close
 from dbmtl import (
     DBMTL,
     EMA,
-    Aggregator,
     Balancer,
     Identity,
     Log,
@@ -22,6 +21,7 @@ from dbmtl import (
     make_balancer,
     method_names,
 )
+from dbmtl.core.aggregator import GramianAggregator, LossWeighting, NormAggregator
 from dbmtl.core.task_gradients import task_gradients
 
 MODES = ["loop", "split", "batched"]
@@ -56,7 +56,7 @@ def net(tasks=3, dtype=torch.float64):
 
 def asked(balancer, model, seed=0, form=list):
     """What a method's backward asks for: losses, three batches of them, or losses and features."""
-    z, three = model.features(seed), balancer.aggregator.needs == "cross gramian"
+    z, three = model.features(seed), balancer.aggregator.num_batches == 3
     batches = [
         form(model.losses(z=z)),
         *(form(model.losses(seed + more)) for more in ((100, 200) if three else ())),
@@ -176,32 +176,34 @@ def test_heads_get_the_gradient_of_the_sum_of_transformed_losses(method, transfo
             )
 
 
-class Weights(Aggregator):
-    """Fixed weights."""
+def fixed_weights(kind, values, weights_heads):
+    """An aggregator of a kind that always answers with the same weights."""
 
-    def __init__(self, values, needs="none", weights_heads=False):
-        super().__init__()
-        self.values, self.needs, self.weights_heads = values, needs, weights_heads
+    class Weights(kind):
+        def forward(self, measured, losses):
+            return losses.new_tensor(values)
 
-    def forward(self, need, losses):
-        return losses.new_tensor(self.values)
+    aggregator = Weights()
+    aggregator.weights_heads = weights_heads
+    return aggregator
 
 
 @pytest.mark.parametrize("ema", [None, 0.0])
-@pytest.mark.parametrize("needs", ["none", "norms", "gramian"])
+@pytest.mark.parametrize("kind", [LossWeighting, NormAggregator, GramianAggregator])
 @pytest.mark.parametrize("weights_heads", [False, True])
-def test_heads_are_weighted_only_where_the_method_says_so(weights_heads, needs, ema):
+def test_heads_are_weighted_only_where_the_method_says_so(weights_heads, kind, ema):
     model, plain = net(), net()
-    aggregator = Weights([2.0, 0.5, 3.0], needs, weights_heads)
+    values = [2.0, 0.5, 3.0]
+    aggregator = fixed_weights(kind, values, weights_heads)
     ema = None if ema is None else EMA(ema, 0.0)
     Balancer(Identity(), aggregator, shared=model.trunk, num_tasks=3, ema=ema).backward(
         model.losses()
     )
-    sum(w * loss for w, loss in zip(aggregator.values, plain.losses(), strict=True)).backward()
+    sum(w * loss for w, loss in zip(values, plain.losses(), strict=True)).backward()
     assert_close(
         [p.grad for p in model.trunk.parameters()], [p.grad for p in plain.trunk.parameters()]
     )
-    for t, w in enumerate(aggregator.values):
+    for t, w in enumerate(values):
         assert_close(
             model.heads[t].weight.grad, plain.heads[t].weight.grad / (1 if weights_heads else w)
         )
@@ -218,7 +220,7 @@ def test_two_parameters_with_one_gradient_do_not_share_memory():
         balancer = make_balancer(method, shared=trunk, num_tasks=2)
         zs = [
             (trunk.a + trunk.b)[None]
-            for _ in range(3 if balancer.aggregator.needs == "cross gramian" else 1)
+            for _ in range(3 if balancer.aggregator.num_batches == 3 else 1)
         ]
         batches = [[(z + head.a + head.b).square().sum(), z.square().mean()] for z in zs]
         balancer.backward(*batches, **({"features": zs[0]} if balancer.level == "features" else {}))

@@ -10,7 +10,6 @@ from torch.testing import assert_close
 from dbmtl import (
     DBMTL,
     EMA,
-    Aggregator,
     Balancer,
     Identity,
     Log,
@@ -19,6 +18,7 @@ from dbmtl import (
     Transform,
     make_balancer,
 )
+from dbmtl.core.aggregator import GradientAggregator, LossWeighting, NormAggregator
 from dbmtl.profile import anatomy
 
 
@@ -60,9 +60,7 @@ def test_a_first_step_that_is_refused_leaves_no_description():
     assert balancer.describe() == before and "known after" in before
 
 
-class Refusing(Aggregator):
-    needs = "norms"
-
+class Refusing(NormAggregator):
     def forward(self, norms, losses):
         raise RuntimeError("did not converge")
 
@@ -122,7 +120,7 @@ def test_sizes_follow_the_order_of_the_losses_they_came_with():
         balancer = Balancer(Identity(), MaxNorm(), shared=model["trunk"], num_tasks=2)
         for rows, sizes in ((slice(0, 1), {"a": 1, "b": 4}), (slice(1, 5), {"a": 4, "b": 1})):
             losses = losses_of(model, rows)
-            first_is_ab = order if balancer.step == 0 and balancer._held else "ab"
+            first_is_ab = order if balancer.step == 0 and balancer._micro_batches else "ab"
             balancer.accumulate(
                 {n: losses[n] for n in first_is_ab}, [sizes[n] for n in first_is_ab]
             )
@@ -221,9 +219,7 @@ def test_what_is_held_of_half_precision_gradients_does_not_overflow():
     )
 
 
-class Pair(Aggregator):
-    needs, weights_heads = "none", True
-
+class Pair(LossWeighting):
     def forward(self, need, losses):
         return torch.ones_like(losses), torch.tensor([5.0, 7.0])
 
@@ -246,8 +242,8 @@ def test_a_saved_state_does_not_follow_the_learned_scales():
     assert_close(state["transform"]["s"], before["s"], rtol=0, atol=0)
 
 
-class FirstRow(Aggregator):
-    needs, max_norm = "gradients", 0.01
+class FirstRow(GradientAggregator):
+    max_norm = 0.01
 
     def forward(self, rows, losses, where):
         return rows[0]

@@ -8,7 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from dbmtl import DBMTL, EMA, IMTLL, Aggregator, Balancer, Log, MaxNorm, make_balancer
+from dbmtl import DBMTL, EMA, IMTLL, Balancer, Log, MaxNorm, make_balancer
+from dbmtl.core.aggregator import GramianAggregator
 
 MODES = ["loop", "split", "batched"]
 NAMES = ("depth", "normal", "edge")
@@ -68,7 +69,7 @@ def same(a, b):
         assert a == b
 
 
-class Unsolved(Aggregator):
+class Unsolved(GramianAggregator):
     """A solver that fails when told to."""
 
     needs, may_fail, failing = "gramian", True, False

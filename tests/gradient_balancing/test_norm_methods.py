@@ -10,7 +10,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from dbmtl.core.balancer import Balancer
-from dbmtl.core.transform import Identity, Log
 from dbmtl.gradient_balancing.gradnorm import GradNorm, score_gradient, training_rates
 from dbmtl.gradient_balancing.mtadam import (
     MetaBalance,
@@ -19,6 +18,7 @@ from dbmtl.gradient_balancing.mtadam import (
     anchor_ratios,
     anchored_weights,
 )
+from dbmtl.loss_balancing.log import Identity, Log
 
 nan, inf = math.nan, math.inf
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from dbmtl.core.aggregator import Sum
 from dbmtl.core.balancer import Balancer
 from dbmtl.core.transform import slopes
+from dbmtl.gradient_balancing.sum import Sum
 from dbmtl.loss_balancing.igb import IGBv2, SoftActorCritic, run_network, weight_policy
 
 SMALL = dict(

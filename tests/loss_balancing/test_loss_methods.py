@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from dbmtl.core.aggregator import Sum
 from dbmtl.core.balancer import Balancer
 from dbmtl.core.epoch_means import EpochMeans
-from dbmtl.core.transform import IMTLL, Log, slopes
+from dbmtl.core.transform import slopes
+from dbmtl.gradient_balancing.sum import Sum
 from dbmtl.loss_balancing.famo import FAMO, STCH
+from dbmtl.loss_balancing.imtl_l import IMTLL
+from dbmtl.loss_balancing.log import Log
 from dbmtl.loss_balancing.uw import DWA, GLS, RLW, UW
 
 F64 = torch.float64

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-import dbmtl.core.aggregator
-import dbmtl.core.balancer
 import dbmtl.core.ema
+import dbmtl.core.inputs
+import dbmtl.gradient_balancing.max_norm
 from dbmtl import DBMTL, EMA, Balancer, Identity, Log, MaxNorm, Sum, make_balancer
 
 SHAPES = [(2, 3), (), (4,)]  # a matrix, a scalar, a vector
@@ -143,7 +143,7 @@ def half_heads(*args):
         yield row, {p: g / 2 for p, g in rest.items()}
 
 
-original_iterator = dbmtl.core.balancer.iterate_task_gradients
+original_iterator = dbmtl.core.inputs.iterate_task_gradients
 MUTATIONS = {
     "beta without decay": (dbmtl.core.ema, "beta_at", lambda k, beta, decay: beta),
     "k from 2": (dbmtl.core.ema, "beta_at", lambda k, beta, decay: beta / (k + 1) ** decay),
@@ -156,33 +156,33 @@ MUTATIONS = {
     "no eps in the log": (Log, "forward", lambda self, losses: losses.log()),
     "no log": (Log, "forward", lambda self, losses: losses),
     "no eps beside the norm": (
-        dbmtl.core.aggregator,
+        dbmtl.gradient_balancing.max_norm,
         "equal_norm_weights",
         lambda n, alpha, eps: n.max() / n,
     ),
     "eps below the root": (
-        dbmtl.core.aggregator,
+        dbmtl.gradient_balancing.max_norm,
         "equal_norm_weights",
         lambda n, alpha, eps: n.max() / (n**2 + eps) ** 0.5,
     ),
     "mean for max": (
-        dbmtl.core.aggregator,
+        dbmtl.gradient_balancing.max_norm,
         "equal_norm_weights",
         lambda n, alpha, eps: n.mean() / (n + eps),
     ),
     "min for max": (
-        dbmtl.core.aggregator,
+        dbmtl.gradient_balancing.max_norm,
         "equal_norm_weights",
         lambda n, alpha, eps: n.min() / (n + eps),
     ),
     "no norms": (
-        dbmtl.core.aggregator,
+        dbmtl.gradient_balancing.max_norm,
         "equal_norm_weights",
         lambda n, alpha, eps: torch.ones_like(n),
     ),
     "heads weighted": (MaxNorm, "weights_heads", True),
-    "heads forgotten": (dbmtl.core.balancer, "iterate_task_gradients", without_heads),
-    "heads halved": (dbmtl.core.balancer, "iterate_task_gradients", half_heads),
+    "heads forgotten": (dbmtl.core.inputs, "iterate_task_gradients", without_heads),
+    "heads halved": (dbmtl.core.inputs, "iterate_task_gradients", half_heads),
 }
 
 

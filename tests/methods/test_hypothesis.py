@@ -52,8 +52,7 @@ class Lines(nn.Module):
 
     def step(self, balancer):
         zs = [
-            self.trunk[0][None] * 1
-            for _ in range(3 if balancer.aggregator.needs == "cross gramian" else 1)
+            self.trunk[0][None] * 1 for _ in range(3 if balancer.aggregator.num_batches == 3 else 1)
         ]
         self.trunk[0].grad = None
         balancer.backward(
@@ -70,10 +69,8 @@ def direction(J, name, **hyper):
 
 
 def reads_gradients(name):
-    return (
-        make_balancer(name, shared=[nn.Parameter(torch.zeros(1))], num_tasks=1).aggregator.needs
-        != "none"
-    )
+    balancer = make_balancer(name, shared=[nn.Parameter(torch.zeros(1))], num_tasks=1)
+    return balancer.aggregator.needs_gradients
 
 
 READERS = [name for name in method_names() if reads_gradients(name)]

@@ -120,7 +120,7 @@ def step(balancer, model, seed=0, change=lambda losses, batch: losses):
     """One backward, with features or three batches where the method asks for them."""
     zs = [
         model.features(3 * seed + k)
-        for k in range(3 if balancer.aggregator.needs == "cross gramian" else 1)
+        for k in range(3 if balancer.aggregator.num_batches == 3 else 1)
     ]
     batches = [change(model.losses(z), batch) for batch, z in enumerate(zs)]
     balancer.backward(*batches, **({"features": zs[0]} if balancer.level == "features" else {}))
@@ -483,7 +483,7 @@ def check_bad_gradient(name, batch, value):
     assert not model.shared_gradient().isfinite().all()
     assert same(after["aggregator"], before["aggregator"])
     assert after["step"] == 3
-    if balancer.aggregator.needs != "none" or balancer.ema:
+    if balancer.aggregator.needs_gradients or balancer.ema:
         assert balancer.skipped.tolist() == [0, 1, 0]
         assert balancer.weights is None or not balancer.weights[1].isfinite()
     if balancer.ema:
@@ -572,7 +572,7 @@ EDGES = {
 
 
 READERS = [(name, hyper) for name, hyper in VARIANTS if not name.endswith("+log") and "leak" not in hyper
-           and make(name, Net(), **hyper).aggregator.needs != "none"]  # fmt: skip
+           and make(name, Net(), **hyper).aggregator.needs_gradients]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=["float64", "float32"])

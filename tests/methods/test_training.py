@@ -11,9 +11,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from dbmtl.benchmarks.base import get_benchmark, toy, toy_multi
-from dbmtl.core.aggregator import Aggregator, Sum
+from dbmtl.core.aggregator import (
+    CrossGramianAggregator,
+    GradientAggregator,
+    GramianAggregator,
+    TensorNormAggregator,
+)
 from dbmtl.core.balancer import Balancer
-from dbmtl.core.transform import Identity
 from dbmtl.experiments import records
 from dbmtl.experiments import train as lab
 from dbmtl.experiments.records import (
@@ -31,6 +35,8 @@ from dbmtl.experiments.train import (
     train,
     trunk_features,
 )
+from dbmtl.gradient_balancing.sum import Sum
+from dbmtl.loss_balancing.log import Identity
 from dbmtl.registry import make_balancer, method_names
 from dbmtl.report.style import method_style, printed_name
 
@@ -50,20 +56,18 @@ class Look(Identity):
         self.memory["means"] = [*self.memory.get("means", []), means.tolist()]
 
 
-class Cross(Aggregator):
+class Cross(CrossGramianAggregator):
     """Plain sum over the third batch; keeps the cross Gramians."""
-
-    needs = "cross gramian"
 
     def forward(self, C, losses):
         self.memory["C"] = [*self.memory.get("C", []), C]
         return torch.ones_like(losses)
 
 
-class Finished(Aggregator):
+class Finished(GradientAggregator):
     """Writes the sum of all gradients, heads included, as a finished update."""
 
-    needs, moves_alone = "gradients", True
+    moves_alone = True
 
     def forward(self, rows, losses, where=None):
         return [sum(column) for column in zip(*rows, strict=True)]
@@ -72,16 +76,14 @@ class Finished(Aggregator):
         return {p: sum(row.get(p, 0) for row in heads) for row in heads for p in row}
 
 
-class PerTensor(Aggregator):
+class PerTensor(TensorNormAggregator):
     """A weight for each tensor."""
-
-    needs = "tensor norms"
 
     def forward(self, norms, losses, where=None):
         return torch.ones_like(norms)
 
 
-class OfFeatures(Aggregator):
+class OfFeatures(GramianAggregator):
     """The plain sum at feature level."""
 
     def forward(self, M, losses):
