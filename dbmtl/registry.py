@@ -14,6 +14,17 @@ from functools import cache
 from importlib import resources
 from typing import NamedTuple
 
+from .gradient_balancing.aligned_mtl import AlignedMTL
+from .gradient_balancing.config import ConFIG
+from .gradient_balancing.excess_mtl import ExcessMTL
+from .gradient_balancing.fairgrad import FairGrad
+from .gradient_balancing.gradvac import GradVac
+from .gradient_balancing.modo import MoDo
+from .loss_balancing.dwa import DWA
+from .loss_balancing.gls import GLS
+from .loss_balancing.rlw import RLW
+from .loss_balancing.stch import STCH
+
 from .core.aggregator import Aggregator
 from .core.balancer import Balancer
 from .core.ema import EMA
@@ -21,21 +32,21 @@ from .core.transform import Memory, Transform
 from .gradient_balancing.cagrad import CAGrad
 from .gradient_balancing.graddrop import GradDrop, GradDropFeatures
 from .gradient_balancing.gradnorm import GradNorm
-from .gradient_balancing.imtl_g import IMTLG, AlignedMTL, ConFIG
+from .gradient_balancing.imtl_g import IMTLG
 from .gradient_balancing.max_norm import MaxNorm
 from .gradient_balancing.mgda import MGDA
-from .gradient_balancing.moco import ExcessMTL, MoCo
+from .gradient_balancing.moco import MoCo
 from .gradient_balancing.mtadam import MetaBalance, MTAdam
-from .gradient_balancing.nash_mtl import FairGrad, NashMTL
-from .gradient_balancing.pcgrad import GradVac, PCGrad
-from .gradient_balancing.sdmgrad import MoDo, SDMGrad
+from .gradient_balancing.nash_mtl import NashMTL
+from .gradient_balancing.pcgrad import PCGrad
+from .gradient_balancing.sdmgrad import SDMGrad
 from .gradient_balancing.sum import Sum
 from .gradient_balancing.upgrad import UPGrad
-from .loss_balancing.famo import FAMO, STCH
+from .loss_balancing.famo import FAMO
 from .loss_balancing.igb import IGBv2
 from .loss_balancing.imtl_l import IMTLL
 from .loss_balancing.log import Identity, Log
-from .loss_balancing.uw import DWA, GLS, RLW, UW
+from .loss_balancing.uw import UW
 
 # %% ../nbs/05_registry.ipynb #95eaf510
 class Point(NamedTuple):

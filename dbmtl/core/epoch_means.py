@@ -9,89 +9,99 @@ __all__ = ['EpochMeans']
 import torch
 from torch import Tensor
 
+from .checks import check_whole
 from .transform import Memory
 
-# %% ../../nbs/01_core/08_epoch_means.ipynb #af81265b
-def _check_whole(name: str, value):
-    "Raise ValueError unless the value is a whole number from 1."
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
-
-# %% ../../nbs/01_core/08_epoch_means.ipynb #501cd451
+# %% ../../nbs/01_core/08_epoch_means.ipynb #1822e3e0
 class EpochMeans(Memory):
-    "Mean losses of the last two epochs, and how many epochs are over."
+    """Mean losses of the last two epochs, and how many epochs are over.
 
-    epoch = property(lambda self: self.memory["epoch"], doc="Number of finished epochs.")
-    last = property(
-        lambda self: self.memory["last"],
-        doc="Mean losses of the last finished epoch, [T] float64, or None.",
-    )
-    before = property(
-        lambda self: self.memory["before"], doc="The same of the epoch before the last, or None."
-    )
+    A method calls `see` after each step; an epoch ends by `finish`, or every `window` steps.
+    """
 
     def __init__(
         self,
         num_tasks: int,  # T
-        window: int | None = None,  # so many steps are an epoch; None waits for `finish`
+        window: int | None = None,  # steps per epoch; None waits for `finish`
         longest: int = 10_000,  # steps without `finish` after which `check` raises
     ):
         super().__init__()
-        for name, value in (("num_tasks", num_tasks), ("window", window), ("longest", longest)):
-            if name != "window" or value is not None:
-                _check_whole(name, value)
-        self.num_tasks, self.window, self.longest = num_tasks, window, longest
-        self.memory = {"epoch": 0, "last": None, "before": None, "steps": 0} | self._nothing()
+        self.num_tasks = check_whole("num_tasks", num_tasks)
+        self.window = None if window is None else check_whole("window", window)
+        self.longest = check_whole("longest", longest)
+        self.memory = {"epoch": 0, "last": None, "before": None, "steps": 0} | self._empty_sums()
 
-    def _nothing(self) -> dict:
+    @property
+    def epoch(self) -> int:
+        "Number of finished epochs."
+        return self.memory["epoch"]
+
+    @property
+    def last(self) -> Tensor | None:
+        "Mean losses of the last finished epoch, [T] float64; None before there is one."
+        return self.memory["last"]
+
+    @property
+    def before(self) -> Tensor | None:
+        "Mean losses of the epoch before the last, [T] float64; None before there is one."
+        return self.memory["before"]
+
+    def _empty_sums(self) -> dict:
         return {
             "total": torch.zeros(self.num_tasks, dtype=torch.float64),
             "count": torch.zeros((), dtype=torch.float64),
         }
 
-    def _means(self, given) -> Tensor:
-        means = torch.as_tensor(given).detach().double()
-        if means.shape != (self.num_tasks,):
-            raise ValueError(f"expected means of {self.num_tasks} tasks, got {given}")
-        if not means.isfinite().all():
-            raise ValueError(f"means must be finite, got {means.tolist()}")
-        return means
-
     @torch.no_grad()
     def see(self, losses: Tensor):
         "One step's losses, [T]; with a `window`, every so many steps an epoch ends here."
-        kept, good = self.memory, losses.isfinite().all()
-        kept["total"] = kept["total"].to(losses.device) + torch.where(good, losses.double(), 0)
-        kept["count"] = kept["count"].to(losses.device) + good
-        kept["steps"] += 1
-        if self.window is not None and kept["steps"] >= self.window and kept["count"]:
+        memory = self.memory
+        is_finite = losses.isfinite().all()
+        new = torch.where(is_finite, losses.double(), 0)
+        memory["total"] = memory["total"].to(losses.device) + new
+        memory["count"] = memory["count"].to(losses.device) + is_finite
+        memory["steps"] += 1
+        if self.window is not None and memory["steps"] >= self.window and memory["count"]:
             self._end(None)
 
     def finish(self, means=None):
-        "The epoch is over; `means` [T] if the caller took them. Without effect where there is a `window`."
+        """The epoch is over; `means` [T] if the caller took them. No effect with a `window`.
+
+        Raises ValueError for means that are not T finite numbers, RuntimeError if no step was seen.
+        """
         if self.window is None:
             self._end(means)
 
     def _end(self, means):
-        kept = self.memory
-        if means is None and not kept["count"]:
+        memory = self.memory
+        if means is not None:
+            ended = self._checked(means).to(memory["total"].device)
+        elif memory["count"]:
+            ended = memory["total"] / memory["count"]
+        else:
             raise RuntimeError("an epoch ends, but no step with finite losses was seen in it")
-        ended = (
-            kept["total"] / kept["count"]
-            if means is None
-            else self._means(means).to(kept["total"].device)
-        )
-        kept.update(
-            self._nothing(), epoch=kept["epoch"] + 1, before=kept["last"], last=ended, steps=0
-        )
+        memory.update(self._empty_sums(), steps=0)
+        memory.update(epoch=memory["epoch"] + 1, before=memory["last"], last=ended)
 
-    def check(self, method: str):
-        "Raise RuntimeError if `finish` seems to be forgotten: more than `longest` steps, and no `window`."
-        if self.window is None and self.memory["steps"] > self.longest:
+    def _checked(self, means) -> Tensor:
+        given = torch.as_tensor(means).detach().double()
+        if given.shape != (self.num_tasks,):
+            raise ValueError(f"expected means of {self.num_tasks} tasks, got {means}")
+        if not given.isfinite().all():
+            raise ValueError(f"means must be finite, got {given.tolist()}")
+        return given
+
+    def check(
+        self,
+        method: str,  # its name, for the error
+    ):
+        "Raise RuntimeError if `finish` seems to be forgotten: over `longest` steps, no `window`."
+        steps = self.memory["steps"]
+        if self.window is None and steps > self.longest:
             raise RuntimeError(
-                f"{method} looks at epochs, but {self.memory['steps']} steps passed without one: call "
-                "balancer.end_epoch(mean_losses) after each epoch, or give window=, the steps of an epoch; "
-                f"an epoch with more steps than {self.longest} needs a larger longest="
+                f"{method} looks at epochs, but {steps} steps passed without one: call "
+                "balancer.end_epoch(mean_losses) after each epoch, or give window=, the steps of "
+                f"an epoch; an epoch with more steps than {self.longest} needs a larger longest="
             )
 
     def extra_repr(self) -> str:

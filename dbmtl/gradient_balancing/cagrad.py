@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.aggregator import GramianAggregator
+from ..core.checks import check_choice, check_number
 from ..core.solvers import cagrad_weights, dual_cone_weights
 
 # %% ../../nbs/03_gradient_balancing/09_cagrad.ipynb #b2cd571e
@@ -19,17 +20,22 @@ def conflict_averse_weights(
 ) -> Tensor:  # [T], not negative
     "The weights of CAGrad's direction before it is rescaled."
     w = cagrad_weights(M, c)
-    mean, lengths = torch.full_like(w, 1 / len(w)), M.diagonal().clamp(min=0).sqrt()
-    size, rest = (mean @ M @ mean).clamp(min=0).sqrt(), (w @ M @ w).clamp(min=0).sqrt()
-    a = mean + c * size / rest * w if rest > 0 else mean
-    long, harmless = rest / (w @ lengths), (M @ a >= w @ M @ a - 1e-6 * lengths * size).all()
-    if long > 1e-3 or (long > 1e-7 and harmless):
+    mean = torch.full_like(w, 1 / len(w))
+    lengths = M.diagonal().clamp(min=0).sqrt()
+    length_of_g0 = (mean @ M @ mean).clamp(min=0).sqrt()
+    length_of_gw = (w @ M @ w).clamp(min=0).sqrt()
+    a = mean
+    if length_of_gw > 0:
+        a = mean + c * length_of_g0 / length_of_gw * w
+    left_by_cancellation = length_of_gw / (w @ lengths)
+    keeps_promise = (M @ a >= w @ M @ a - 1e-6 * lengths * length_of_g0).all()
+    if left_by_cancellation > 1e-3 or (left_by_cancellation > 1e-7 and keeps_promise):
         return a
     return dual_cone_weights(M, mean[None])[0]
 
 # %% ../../nbs/03_gradient_balancing/09_cagrad.ipynb #cfdf756b
 class CAGrad(GramianAggregator):
-    "The best direction for the worst-off task in a ball around the mean gradient: CAGrad (Liu et al., NeurIPS 2021)."
+    "The best direction for the worst-off task near the mean gradient (Liu et al., NeurIPS 2021)."
 
     def __init__(
         self,
@@ -38,15 +44,14 @@ class CAGrad(GramianAggregator):
         times_tasks: bool = False,  # multiply by T, to match the sum of the gradients
     ):
         super().__init__()
-        if not 0 <= c < float("inf"):
-            raise ValueError(f"c must not be negative, got {c}")
-        if rescale not in (0, 1, 2):
-            raise ValueError(f"rescale must be 0, 1 or 2, got {rescale!r}")
-        self.c, self.rescale, self.times_tasks = float(c), int(rescale), bool(times_tasks)
+        self.c = check_number("c", c, at_least=0)
+        self.rescale = int(check_choice("rescale", rescale, (0, 1, 2)))
+        self.times_tasks = bool(times_tasks)
 
     def forward(self, M: Tensor, losses: Tensor) -> Tensor:
-        scale = (1, 1 + self.c**2, 1 + self.c)[self.rescale]
-        return conflict_averse_weights(M, self.c) * ((len(M) if self.times_tasks else 1) / scale)
+        divisor = (1, 1 + self.c**2, 1 + self.c)[self.rescale]
+        multiplier = len(M) if self.times_tasks else 1
+        return conflict_averse_weights(M, self.c) * (multiplier / divisor)
 
     def extra_repr(self) -> str:
         return f"c={self.c}, rescale={self.rescale}, times_tasks={self.times_tasks}"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.aggregator import NormAggregator
-from ..core.epoch_means import EpochMeans, _check_whole
+from ..core.checks import check_choice, check_number, check_whole
+from ..core.epoch_means import EpochMeans
 
 # %% ../../nbs/03_gradient_balancing/04_gradnorm.ipynb #f9746405
 def training_rates(
@@ -18,7 +19,8 @@ def training_rates(
     initial: Tensor,  # [T] initial losses, not negative
 ) -> Tensor:  # [T] float64, with mean one
     "The relative inverse training rates r_t: the larger, the slower the task."
-    losses, initial = losses.double(), initial.double()
+    losses = losses.double()
+    initial = initial.double()
     ratio = torch.where(initial > 0, losses / initial, 1).clamp(min=0)
     return torch.where(ratio.mean() > 0, ratio / ratio.mean(), 1)
 
@@ -30,91 +32,90 @@ def score_gradient(
     alpha: float,  # 0: equal norms; larger: slow tasks get longer gradients
 ) -> Tensor:  # [T] float64
     "The gradient of sum_t |w_t |g_t| - target_t| with respect to the scores, w = T softmax(p)."
-    w, norms = len(p) * p.detach().double().softmax(0), norms.double()
-    G = w * norms
-    gap = G - G.mean() * rates.double() ** alpha
-    gap = torch.where(
-        gap.abs() <= 1e-12 * G.mean(), 0, gap
-    )  # a tie has no sign, whatever its rounding
+    w = len(p) * p.detach().double().softmax(0)
+    norms = norms.double()
+    weighted = w * norms
+    gap = weighted - weighted.mean() * rates.double() ** alpha
+    # the sign of a tie would be that of its rounding error
+    gap = torch.where(gap.abs() <= 1e-12 * weighted.mean(), 0, gap)
     u = norms * gap.sign()
     return w * (u - (w * u).mean())
 
-# %% ../../nbs/03_gradient_balancing/04_gradnorm.ipynb #c65e8a1e
-def _check(losses: Tensor):
+# %% ../../nbs/03_gradient_balancing/04_gradnorm.ipynb #1ef95c8f
+def _check_not_negative(losses: Tensor):
     if (losses < 0).any():
         raise ValueError(
             f"GradNorm's rates need losses that are not negative, got {losses.tolist()}"
         )
 
-# %% ../../nbs/03_gradient_balancing/04_gradnorm.ipynb #1ef95c8f
+
 class GradNorm(NormAggregator):
-    "Weights learned so that gradient norms approach common targets, GradNorm (Chen et al., ICML 2018)."
+    "Weights learned so that gradient norms approach targets, GradNorm (Chen et al., ICML 2018)."
 
     def __init__(
         self,
         num_tasks: int,  # T
-        alpha: float = 1.5,  # asymmetry: 0 wants equal norms, more gives slow tasks longer gradients
-        initial: str = "epoch",  # l(0): mean of "epoch" 0, with equal weights till then, or losses of the "first" step
+        alpha: float = 1.5,  # 0: equal norms; more: longer gradients for slow tasks
+        initial: str = "epoch",  # l(0): mean losses of "epoch" 0, or losses of the "first" step
         window: int | None = None,  # steps that count as epoch 0, if nobody calls end_epoch
         longest: int = 10_000,  # steps after which a missing `end_epoch` is an error
         weights_heads: bool = False,  # do the weights multiply the heads' gradients too?
     ):
         super().__init__()
-        _check_whole("num_tasks", num_tasks)
-        if not 0 <= alpha < float("inf"):
-            raise ValueError(f"alpha must not be negative, got {alpha}")
-        if initial not in ("epoch", "first"):
-            raise ValueError(f"initial must be 'epoch' or 'first', got {initial!r}")
+        check_whole("num_tasks", num_tasks)
+        self.alpha = check_number("alpha", alpha, at_least=0)
+        self.initial = check_choice("initial", initial, ("epoch", "first"))
         if initial == "first" and window is not None:
             raise ValueError(f"window={window} needs initial='epoch'")
-        self.alpha, self.initial, self.window = float(alpha), initial, window
+        self.window = window
         self.weights_heads = bool(weights_heads)
-        self.p, self.epochs = (
-            nn.Parameter(torch.zeros(num_tasks)),
-            EpochMeans(num_tasks, window, longest),
-        )
+        self.p = nn.Parameter(torch.zeros(num_tasks))
+        self.epochs = EpochMeans(num_tasks, window, longest)
 
     def scale_gradients(self, norms: Tensor, losses: Tensor) -> list[Tensor]:
-        initial = self.memory.get("initial", losses if self.initial == "first" else None)
-        if initial is None:
+        initial = self.memory.get("initial")
+        if initial is None and self.initial == "first":
+            initial = losses
+        if initial is None:  # still in epoch 0
             return [torch.zeros_like(self.p)]
-        return [
-            score_gradient(self.p, norms, training_rates(losses, initial), self.alpha).to(
-                self.p.dtype
-            )
-        ]
+        rates = training_rates(losses, initial)
+        gradient = score_gradient(self.p, norms, rates, self.alpha)
+        return [gradient.to(self.p.dtype)]
 
     def forward(self, norms: Tensor, losses: Tensor) -> Tensor:
         if "initial" not in self.memory:
             self._learn(losses, norms)
         weights = len(self.p) * self.p.detach().double().softmax(0)
-        return weights.to(norms.dtype) + 0 * norms  # not finite where a gradient is not
+        return torch.where(norms.isfinite(), weights.to(norms.dtype), torch.nan)
 
     def end_epoch(self, means: Tensor | None):
         if self.initial == "first" or "initial" in self.memory:
             return
         if means is not None:
-            _check(torch.as_tensor(means))
+            _check_not_negative(torch.as_tensor(means))
         self.epochs.finish(means)
         self._remember(self.epochs.last)
 
-    def _learn(self, losses, norms):
-        "Take the initial losses, or go on with their mean, unless a gradient is not finite."
-        _check(losses)
+    def _learn(self, losses: Tensor, norms: Tensor):
+        "Take the initial losses or add to their mean, unless a gradient is not finite."
+        _check_not_negative(losses)
         if self.initial == "epoch":
             self.epochs.check("GradNorm")
         if not norms.isfinite().all():
             return
-        if self.initial == "epoch":
+        if self.initial == "first":
+            self._remember(losses)
+        else:
             self.epochs.see(losses)
-        self._remember(losses if self.initial == "first" else self.epochs.last)
+            self._remember(self.epochs.last)
 
-    def _remember(self, losses):
+    def _remember(self, losses: Tensor | None):  # None: epoch 0 has not ended
         if losses is not None:
             self.memory["initial"] = losses.detach().clone()
 
     def __repr__(self) -> str:
         return (
             f"GradNorm(num_tasks={len(self.p)}, alpha={self.alpha}, initial={self.initial!r}, "
-            f"window={self.window}, longest={self.epochs.longest}, weights_heads={self.weights_heads})"
+            f"window={self.window}, longest={self.epochs.longest}, "
+            f"weights_heads={self.weights_heads})"
         )

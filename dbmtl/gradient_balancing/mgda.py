@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..core.aggregator import GramianAggregator
+from ..core.checks import check_choice
 from ..core.solvers import min_norm_weights
 
-# %% ../../nbs/03_gradient_balancing/03_mgda.ipynb #6eb99b13
+# %% ../../nbs/03_gradient_balancing/03_mgda.ipynb #038411ab
 _DIVISORS = {
     "none": lambda norms, losses: torch.ones_like(norms),
     "l2": lambda norms, losses: norms,
@@ -20,45 +21,47 @@ _DIVISORS = {
     "loss+": lambda norms, losses: losses.to(norms) * norms,
 }
 
-# %% ../../nbs/03_gradient_balancing/03_mgda.ipynb #038411ab
+
 def divisors(
     norms: Tensor,  # [T] lengths of the gradients
-    losses: Tensor | None,  # [T]; only "loss" and "loss+" look at them
+    losses: Tensor | None,  # [T]; only "loss" and "loss+" read them
     normalize: str = "none",  # "none", "l2", "loss" or "loss+"
 ) -> Tensor:  # [T], positive
-    "What each gradient is divided by before MGDA's problem is solved; 1 where the gradient is zero."
-    if normalize not in _DIVISORS:
-        raise ValueError(f"normalize must be one of {list(_DIVISORS)}, got {normalize!r}")
-    n = torch.where(norms > 0, _DIVISORS[normalize](norms, losses), 1)
-    if not (n > 0).all():
+    "What MGDA divides the gradients by, 1 for a zero gradient; ValueError if one is not positive."
+    check_choice("normalize", normalize, tuple(_DIVISORS))
+    divisor = torch.where(norms > 0, _DIVISORS[normalize](norms, losses), 1)
+    if not (divisor > 0).all():
         raise ValueError(f"normalize={normalize!r} needs positive losses, got {losses.tolist()}")
-    return n
+    return divisor
 
 # %% ../../nbs/03_gradient_balancing/03_mgda.ipynb #3d9d67de
 class MGDA(GramianAggregator):
-    "The min-norm point of the hull of the gradients: MGDA (Sener and Koltun, NeurIPS 2018; Désidéri 2012)."
+    "The shortest mean of the gradients, MGDA (Désidéri 2012; Sener and Koltun, NeurIPS 2018)."
 
     def __init__(
         self,
-        normalize: str = "none",  # gradients are divided by: "none", "l2" their norm, "loss", "loss+" both
+        normalize: str = "none",  # divide gradients by 1, "l2" norm, "loss", or "loss+" for both
         raw: bool = False,  # multiply the raw gradients, not the normalized ones, by the weights
         times_tasks: bool = False,  # multiply the weights by T
         weights_heads: bool = False,  # do the weights reach the heads too?
     ):
         super().__init__()
-        divisors(torch.ones(1), torch.ones(1), normalize)
-        self.normalize, self.raw = normalize, bool(raw)
-        self.times_tasks, self.weights_heads = bool(times_tasks), bool(weights_heads)
+        self.normalize = check_choice("normalize", normalize, tuple(_DIVISORS))
+        self.raw = bool(raw)
+        self.times_tasks = bool(times_tasks)
+        self.weights_heads = bool(weights_heads)
 
     def forward(self, M: Tensor, losses: Tensor) -> Tensor:
-        n = divisors(M.diagonal().clamp(min=0).sqrt(), losses, self.normalize)
-        w = min_norm_weights(M / n[:, None] / n)
+        divisor = divisors(M.diagonal().clamp(min=0).sqrt(), losses, self.normalize)
+        w = min_norm_weights(M / divisor[:, None] / divisor)
         if not self.raw:
-            w = w / n
-        return w * len(w) if self.times_tasks else w
+            w = w / divisor
+        if self.times_tasks:
+            w = w * len(w)
+        return w
 
     def extra_repr(self) -> str:
-        switches = (
-            f"raw={self.raw}, times_tasks={self.times_tasks}, weights_heads={self.weights_heads}"
+        return (
+            f"normalize={self.normalize!r}, raw={self.raw}, times_tasks={self.times_tasks}, "
+            f"weights_heads={self.weights_heads}"
         )
-        return f"normalize={self.normalize!r}, {switches}"

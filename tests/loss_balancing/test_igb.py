@@ -1,4 +1,4 @@
-"""IGBv2: timetable and rewards by hand, updates of the agent by plain torch modules, and a bandit it must learn."""
+"""IGBv2: timetable and rewards by hand, its agent by plain torch modules, a bandit to learn."""
 
 import copy
 import io
@@ -31,7 +31,7 @@ def feed(igb, losses):
     return torch.stack(weights)
 
 
-# ------------------------------------------------------------------------------------------------ weights and slopes
+# ------------------------------------------------------------ weights and slopes
 
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 11])
@@ -54,10 +54,8 @@ def test_igb_random_weights_are_a_softmax_of_standard_normals():
 
 @pytest.mark.parametrize("random_epochs", [0, 5])
 def test_igb_slopes_are_weights_over_losses(random_epochs):
-    igb, losses = (
-        IGBv2(3, random_epochs=random_epochs, seed=0),
-        torch.tensor([0.1, 1.0, 20.0], dtype=torch.float64),
-    )
+    igb = IGBv2(3, random_epochs=random_epochs, seed=0)
+    losses = torch.tensor([0.1, 1.0, 20.0], dtype=torch.float64)
     slope, learned = slopes(igb, losses)
     assert learned == [] and list(igb.parameters()) == []
     assert_close(slope, igb.weights(losses) / losses)
@@ -65,7 +63,8 @@ def test_igb_slopes_are_weights_over_losses(random_epochs):
 
 
 def test_igb_random_weights_follow_a_permutation_of_the_tasks():
-    igb, order = IGBv2(4, seed=0), torch.tensor([2, 0, 3, 1])
+    igb = IGBv2(4, seed=0)
+    order = torch.tensor([2, 0, 3, 1])
     other = copy.deepcopy(igb)
     other.memory["noise"] = igb.memory["noise"][order]
     losses = some_losses(1, 4)[0]
@@ -74,7 +73,8 @@ def test_igb_random_weights_follow_a_permutation_of_the_tasks():
 
 @pytest.mark.parametrize("random_epochs", [0, 5])
 def test_igb_forward_changes_nothing(random_epochs):
-    igb, losses = IGBv2(2, random_epochs=random_epochs, seed=0), torch.tensor([0.5, 2.0])
+    igb = IGBv2(2, random_epochs=random_epochs, seed=0)
+    losses = torch.tensor([0.5, 2.0])
     before = copy.deepcopy(igb.state_dict())
     assert_close(igb(losses), igb(losses), rtol=0, atol=0)
     assert same(before, igb.state_dict())
@@ -104,12 +104,13 @@ def test_bounded_weights_differ_by_e_squared_at_most():
     assert density.isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------ timetable and rewards
+# ------------------------------------------------------------ timetable and rewards
 
 
 @pytest.mark.parametrize("means", [None, torch.tensor([3.0, 5.0])])
 def test_igb_base_losses_are_the_means_of_epoch_one(means):
-    igb, losses = IGBv2(2, seed=0), some_losses(9)
+    igb = IGBv2(2, seed=0)
+    losses = some_losses(9)
     for epoch in range(3):
         assert igb.memory["base"] is None or epoch == 2
         assert igb.agent.filled == 0
@@ -124,7 +125,8 @@ def test_igb_base_losses_are_the_means_of_epoch_one(means):
 
 
 def test_igb_transitions_by_hand():
-    igb, losses = IGBv2(2, window=2, seed=0), some_losses(9)
+    igb = IGBv2(2, window=2, seed=0)
+    losses = some_losses(9)
     weights = feed(igb, losses)
     base = losses[2:4].mean(0)
     assert igb.agent.filled == 5
@@ -134,17 +136,21 @@ def test_igb_transitions_by_hand():
 
 
 def test_igb_lr_ratio_multiplies_the_reward_and_is_saved():
-    plain, lowered, losses = IGBv2(2, window=2, seed=0), IGBv2(2, window=2, seed=0), some_losses(9)
+    plain, lowered, told = (IGBv2(2, window=2, seed=0) for _ in range(3))
+    losses = some_losses(9)
     lowered.lr_ratio = 4
-    for igb in (plain, lowered):
+    told.set_learning_rate_ratio(4)
+    for igb in (plain, lowered, told):
         feed(igb, losses)
     assert_close(lowered.agent.memory["replay"][:5, 4], 4 * plain.agent.memory["replay"][:5, 4])
+    assert torch.equal(told.agent.memory["replay"], lowered.agent.memory["replay"])
     plain.load_state_dict(lowered.state_dict())
     assert plain.lr_ratio == 4.0
 
 
 def test_igb_learns_when_and_as_much_as_it_should(monkeypatch):
-    igb, log = IGBv2(1, window=10, update_every=5, capacity=40, seed=0), []
+    igb = IGBv2(1, window=10, update_every=5, capacity=40, seed=0)
+    log = []
     monkeypatch.setattr(igb.agent, "learn", log.append)
     for step in range(70):
         log.clear()
@@ -156,8 +162,8 @@ def test_igb_learns_when_and_as_much_as_it_should(monkeypatch):
 
 
 def test_igb_is_random_before_epoch_five_and_the_agents_from_then_on():
-    igb, losses = IGBv2(2, window=1, seed=0), some_losses(8)
-    for epoch, row in enumerate(losses):
+    igb = IGBv2(2, window=1, seed=0)
+    for epoch, row in enumerate(some_losses(8)):
         noise = igb.memory["noise"]
         chosen = 2 * noise.softmax(0) if epoch < 5 else igb.agent.choose(row, noise)
         assert_close(igb.weights(row), chosen, rtol=0, atol=0)
@@ -176,17 +182,15 @@ def test_igb_names_a_forgotten_end_epoch_and_needs_none_once_it_is_trained():
     feed(trained, torch.ones(9, 1))
 
 
-# ------------------------------------------------------------------------------------------------ the agent
+# ------------------------------------------------------------ the agent
 
 
 def module(network, sizes):
     layers = []
     for i, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
         layer = nn.Linear(inputs, outputs)
-        layer.weight.data, layer.bias.data = (
-            network[2 * i].T.clone(),
-            network[2 * i + 1].flatten().clone(),
-        )
+        layer.weight.data = network[2 * i].T.clone()
+        layer.bias.data = network[2 * i + 1].flatten().clone()
         layers += [layer, nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -200,7 +204,7 @@ def assert_networks(agent, name, modules):
 
 @pytest.mark.parametrize("bounded", [True, False])
 def test_updates_equal_a_plain_soft_actor_critic(bounded):
-    """The textbook's five lines with torch's modules, distributions and optimizers, on the agent's random numbers."""
+    """The textbook's five lines by torch's modules, on the agent's random numbers."""
     agent = SoftActorCritic(
         2, hidden=(6, 5), lr=1e-2, tau=0.1, bounded=bounded, capacity=50, seed=0
     ).double()
@@ -285,17 +289,19 @@ def test_an_empty_buffer_teaches_nothing():
     assert same(before, agent.state_dict())
 
 
-# ------------------------------------------------------------------------------------------------ it learns
+# ------------------------------------------------------------ it learns
 
 
 def play(seed, steps=600, **changes):
-    """The mean share of task 2 in the last hundred steps of a world in which it alone lowers the losses."""
+    """The mean share, in the last hundred steps, of task 2, which alone lowers the losses."""
     options = (
         dict(gamma=0.0, lr=5e-3, hidden=(32, 32), window=50, update_every=10, updates=15, batch=128)
         | changes
     )
-    igb, generator = IGBv2(2, seed=seed, **options), torch.Generator().manual_seed(seed)
-    losses, shares = torch.ones(2), []
+    igb = IGBv2(2, seed=seed, **options)
+    generator = torch.Generator().manual_seed(seed)
+    losses = torch.ones(2)
+    shares = []
     for _ in range(steps):
         shares.append((slopes(igb, losses)[0] * losses)[1] / 2)
         igb.advance(losses)
@@ -325,7 +331,7 @@ def test_a_frozen_agent_does_not_learn_the_bandit(frozen):
     assert 0.4 < share < 0.6
 
 
-# ------------------------------------------------------------------------------------------------ state and errors
+# ------------------------------------------------------------ state and errors
 
 
 def training(igb, seed=0):
@@ -419,9 +425,9 @@ def test_igb_moves_with_its_dtype():
 @pytest.mark.parametrize(
     "bad",
     [
-        dict(num_tasks=0), dict(base_epoch=-1), dict(random_epochs=1.5), dict(update_every=0), dict(updates=-1),
-        dict(batch=1), dict(hidden=(0,)), dict(gamma=1.1), dict(tau=-0.1), dict(lr=float("nan")), dict(alpha=0.0),
-        dict(capacity=0), dict(window=0), dict(longest=0),
+        dict(num_tasks=0), dict(base_epoch=-1), dict(random_epochs=1.5), dict(update_every=0),
+        dict(updates=-1), dict(batch=1), dict(hidden=(0,)), dict(gamma=1.1), dict(tau=-0.1),
+        dict(lr=float("nan")), dict(alpha=0.0), dict(capacity=0), dict(window=0), dict(longest=0),
     ],
     ids=str,
 )  # fmt: skip
