@@ -8,6 +8,7 @@ __all__ = ['DBMTL']
 # %% ../nbs/04_dbmtl.ipynb #7dfe3d33
 from .core.balancer import Balancer
 from .core.ema import EMA
+from .core.facts import Facts, Origin
 from .gradient_balancing.max_norm import MaxNorm
 from .loss_balancing.log import Log
 
@@ -30,3 +31,29 @@ class DBMTL(Balancer):
         super().__init__(
             Log(eps), MaxNorm(alpha, eps), shared=shared, num_tasks=num_tasks, ema=ema, **options
         )
+
+# %% ../nbs/04_dbmtl.ipynb #dabe9fcf
+DBMTL.facts = Facts(
+    venue="Lin et al., arXiv 2308.12029",
+    equation="log of each loss; d = alpha_k sum_t ghat_t / (|ghat_t| + eps)",
+    touches="shared; heads by the log losses",
+    state="T x d averages",
+    axis="both",
+    origins={
+        "eps": Origin(
+            "paper, Algorithm 1",
+            elsewhere="inside the log and added to the norms; Eq. 2 of the text has none",
+        ),
+        "alpha": Origin("paper, Eq. 2", elsewhere="Figure 6: min, mean, median, 1/T, constants"),
+        "beta": Origin(
+            "paper: grid of six, none named; Figure 5's good region",
+            original="one of 0.1, 0.5, 0.9, each constant or over k^0.5",
+            elsewhere="LibMTL: 0.9",
+        ),
+        "beta_decay": Origin("paper: see beta", original="0 or 0.5", elsewhere="LibMTL: 0"),
+    },
+    differences=(
+        "LibMTL's default, beta = 0.9 constant, is the worst point of the paper's own Figure 5.",
+        "LibMTL's average is not in its state dict, so a resumed run starts it anew.",
+    ),
+)

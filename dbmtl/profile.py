@@ -131,7 +131,7 @@ class Anatomy(NamedTuple):
     "What a step of a method does."
 
     passes: int  # backward passes through the trunk
-    heads: str  # "as the losses say", "weighted", "own updates", or the "sum" or "mean of three" batches
+    heads: str  # in words: "as the losses say", "weighted", "own updates", ...
     state: int  # numbers kept between steps
 
 # %% ../nbs/06_profile.ipynb #bf0ed3e1
@@ -232,7 +232,7 @@ def _reaches(roots, numbers) -> bool:
 
 # %% ../nbs/06_profile.ipynb #f1cd7a2e
 class _Engine:
-    "Timed `torch.autograd.grad` and `backward`, and how many of their calls went through the trunk."
+    "Timed `torch.autograd.grad` and `backward`, and their calls that pass the trunk."
 
     def __init__(self, watch: Stopwatch, model):
         self.watch, self.passes = watch, 0
@@ -304,7 +304,7 @@ def step_clock(device="cpu") -> Callable[[], float]:
 
 # %% ../nbs/06_profile.ipynb #87e899f8
 def cost_rounds(
-    makers: dict,  # {name: function that makes a loop}; it has `position`, `steps` and `end_epoch()` too
+    makers: dict,  # {name: function that makes a loop in training}
     rounds: int,
     warm_up: int = 0,  # rounds before them, not counted
     clock: Callable[[], float] = time.process_time,

@@ -70,7 +70,7 @@ class Aggregator(Memory):
         return ()
 
     def batch_weights(self) -> list[float]:
-        "The weights of the batches in the heads' gradients; the last batch alone, if not overridden."
+        "The weights of the batches in the heads' gradients: by default the last alone."
         return [0.0] * (self.num_batches - 1) + [1.0]
 
     def positions(self) -> set[int]:
@@ -177,7 +177,7 @@ class CrossGramianAggregator(Aggregator):
 
 # %% ../../nbs/01_core/09_aggregator.ipynb #996315e5
 class TensorNormAggregator(Aggregator):
-    "A weight for each tensor, from its norms: `forward(norms [T, P], losses, positions)` -> [T, P]."
+    "A weight for each tensor: `forward(norms [T, P], losses, positions)` -> [T, P]."
 
     def measure(self, gradients: StepGradients) -> Tensor:  # [T, P]
         return tensor_norms(gradients.rows)

@@ -92,7 +92,7 @@ class Balancer:
         num_tasks: int,  # T
         ema: EMA | None = None,  # moving average of the task gradients
         grads: str = "loop",  # order of the passes: "loop", "split", "batched"; the same numbers
-        check: str = "now",  # losses checked "now" (one host read a step), "later" (`verify`) or "off"
+        check: str = "now",  # check losses "now" (a host read a step), "later" (`verify`) or "off"
         model: nn.Module | None = None,  # only to name parameters in warnings
         level: str = "parameters",  # balance gradients of the "parameters", or of "features"
     ):
@@ -126,7 +126,7 @@ class Balancer:
         features=None,  # at feature level: what the heads read, one tensor or one for each task
         scaler=None,  # a GradScaler; the losses are not scaled
     ):
-        "Add the balanced gradient to `.grad`, like `loss.backward()`; without losses, finish `accumulate`."
+        "Add the balanced gradient to `.grad`; without losses, finish what `accumulate` holds."
         scale = GradScale(scaler, self.shared[0].device)
         # read and check: nothing is written before this has passed
         if losses is None:
@@ -407,7 +407,7 @@ class Balancer:
         self._names = batch.names
 
     def discard(self):
-        "Drop the micro-batches that `accumulate` holds, say after an error in the middle of a batch."
+        "Drop the micro-batches that `accumulate` holds, say after an error."
         self._micro_batches = None
 
     def _finished_micro_batches(self) -> MicroBatches:

@@ -37,7 +37,7 @@ def beta_at(
 
 # %% ../../nbs/01_core/05_ema.ipynb #9bf6c42c
 class EMA:
-    "Moving average of each task's gradient, beta_k = beta / k^beta_decay on the OLD value (Algorithm 1)."
+    "Moving average of each task's gradient, beta / k^beta_decay on the OLD value (Algorithm 1)."
 
     def __init__(
         self,

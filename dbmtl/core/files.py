@@ -34,9 +34,9 @@ def write_atomically(
 @contextlib.contextmanager
 def file_lock(
     path,  # a file that is only there to be locked; made if there is none
-    on_wait=None,  # called once when another process holds the lock, before waiting; None: do not wait
+    on_wait=None,  # called before waiting for another process; None: do not wait
 ) -> Iterator[bool]:  # whether there is a lock: False where the system has none
-    "Hold an exclusive lock; without `on_wait`, raises BlockingIOError where another process holds it."
+    "Hold an exclusive lock; BlockingIOError where another process has it and nobody waits."
     if importlib.util.find_spec("fcntl") is None:  # Windows
         yield False
         return

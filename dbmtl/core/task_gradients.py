@@ -261,7 +261,7 @@ def task_gradients(
     losses,  # T scalars: a sequence, or a stacked [T] tensor
     shared,  # module or iterable of the shared parameters
     cotangents=None,  # [T], what each pass starts with; ones if None
-    grads: str = "loop",  # "loop", "split" (heads first) or "batched" (one trunk pass); same numbers
+    grads: str = "loop",  # "loop", "split" (heads first), "batched" (one trunk pass)
     retain_graph: bool = False,  # keep the graph, to call this or backward again
 ) -> TaskGradients:
     "The gradients of every loss: of the shared parameters and, in the same passes, of the heads."

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import GramianAggregator
 from ..core.checks import check_choice, check_number
+from ..core.facts import Facts, Origin
 from ..core.gramian import spectrum
 
 # %% ../../nbs/03_gradient_balancing/14_aligned_mtl.ipynb #ac68449a
@@ -56,3 +57,41 @@ class AlignedMTL(GramianAggregator):
             f"scale={self.scale!r}, reduction={self.reduction!r}, "
             f"weights_heads={self.weights_heads}, rtol={self.rtol}"
         )
+
+# %% ../../nbs/03_gradient_balancing/14_aligned_mtl.ipynb #2779d257
+AlignedMTL.facts = Facts(
+    venue="Senushkin et al., CVPR 2023",
+    equation=(
+        "M = V Lam V^T cut to its rank; alpha = sigma V Lam^-1/2 V^T 1, sigma^2 = min, "
+        "median or mean of Lam"
+    ),
+    touches="shared only (weights_heads=True: and heads)",
+    state="none",
+    origins={
+        "scale": Origin("LibMTL", original="min (official code)", elsewhere="TorchJD: min"),
+        "reduction": Origin("LibMTL", original="not known", elsewhere="TorchJD: mean"),
+        "weights_heads": Origin(
+            "LibMTL",
+            original="False (official default scale_decoder_grad=False)",
+            elsewhere="LibMTL's maintainer says heads are weighted",
+        ),
+        "rtol": Origin(
+            "LibMTL (rounding unit of the default type, float32)",
+            original="not known",
+            elsewhere="TorchJD: of the matrix's type; for float64 gradients 2.2e-16",
+        ),
+    },
+    differences=(
+        'TorchJD multiplies by 1/T: reduction="mean".',
+        "LibMTL and the official code call torch.symeig, which current torch no longer has.",
+        (
+            "Rank 0: LibMTL fails, TorchJD gives weights 1/T; here weights one (mean: "
+            "1/T), the direction is zero either way."
+        ),
+        (
+            "The rank tolerance is T rtol max(Lam) with float32's rounding unit, whatever "
+            "the losses' type: an orthogonal gradient below sqrt(T 1.2e-7) of the longest "
+            "(5e-4 for two tasks, 1.15e-3 for eleven) is dropped, as in LibMTL; rtol changes it."
+        ),
+    ),
+)

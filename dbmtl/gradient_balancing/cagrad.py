@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import GramianAggregator
 from ..core.checks import check_choice, check_number
+from ..core.facts import Facts, Origin
 from ..core.solvers import cagrad_weights, dual_cone_weights
 
 # %% ../../nbs/03_gradient_balancing/09_cagrad.ipynb #b2cd571e
@@ -55,3 +56,34 @@ class CAGrad(GramianAggregator):
 
     def extra_repr(self) -> str:
         return f"c={self.c}, rescale={self.rescale}, times_tasks={self.times_tasks}"
+
+# %% ../../nbs/03_gradient_balancing/09_cagrad.ipynb #6e800957
+CAGrad.facts = Facts(
+    venue="Liu et al., NeurIPS 2021",
+    equation=(
+        "max_d min_t g_t.d subject to |d - g_0| <= c |g_0|, g_0 the mean gradient; then d "
+        "/ (1 + c^2)"
+    ),
+    touches="shared only",
+    state="none",
+    origins={
+        "c": Origin("LibMTL", original="0.4", elsewhere="nash-mtl: 0.4; TorchJD: no default"),
+        "rescale": Origin("LibMTL", original="1", elsewhere="TorchJD: 0"),
+        "times_tasks": Origin("LibMTL", original="not known", elsewhere="nash-mtl: True"),
+    },
+    differences=(
+        (
+            "nash-mtl multiplies the direction by T to match the sum of the losses "
+            "(`times_tasks=True`)."
+        ),
+        (
+            "TorchJD does not divide by 1 + c^2 (`rescale=0`) and returns zero near "
+            "Pareto stationarity; here, where no direction of the ball helps every task, "
+            "the nearest to g_0 that harms none."
+        ),
+        (
+            "LibMTL and nash-mtl solve by SLSQP (LibMTL's direction deviates by about "
+            "1e-4), TorchJD by Clarabel; here exactly."
+        ),
+    ),
+)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import GramianAggregator
 from ..core.checks import check_number
+from ..core.facts import Facts, Origin
 from ..core.gramian import cosines, spectrum
 
 # %% ../../nbs/03_gradient_balancing/17_config.ipynb #27ee5bb5
@@ -46,3 +47,23 @@ class ConFIG(GramianAggregator):
 
     def extra_repr(self) -> str:
         return f"rtol={self.rtol}"
+
+# %% ../../nbs/03_gradient_balancing/17_config.ipynb #dd1be7b9
+ConFIG.facts = Facts(
+    venue="Liu, Chu, Thuerey, ICLR 2025 (arXiv 2408.11104)",
+    equation="x = pinv(U) 1, g = (sum_t g_t.x/|x|) x/|x|",
+    touches="shared only",
+    state="none",
+    origins={
+        "rtol": Origin(
+            "LibMTL (rounding unit of the default type, float32)",
+            original="not known",
+            elsewhere="TorchJD: of the matrix's type; for float64 gradients 2.2e-16",
+        ),
+    },
+    differences=(
+        "Zero rows: weight 0 (TorchJD: NaN replaced by zero, the same direction).",
+        "The version with momentum (M-ConFIG) and other weights or lengths are not here.",
+        "Opposite gradients: x = 0 and so is the direction.",
+    ),
+)

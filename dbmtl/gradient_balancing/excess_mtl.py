@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import GradientAggregator
 from ..core.checks import check_number, check_whole
+from ..core.facts import Facts, Origin
 from .moco import tensors_in_memory
 
 # %% ../../nbs/03_gradient_balancing/18_excess_mtl.ipynb #37a56902
@@ -69,3 +70,38 @@ class ExcessMTL(GradientAggregator):
     def extra_repr(self) -> str:
         steps = f"step_size={self.step_size}, warmup={self.warmup}"
         return f"{steps}, weights_heads={self.weights_heads}, eps={self.eps}"
+
+# %% ../../nbs/03_gradient_balancing/18_excess_mtl.ipynb #41da8198
+ExcessMTL.facts = Facts(
+    venue="He et al., ICML 2024",
+    equation=(
+        "e_t = g_t' diag(sum_k g_t^2 + eps)^(-1/2) g_t;  w <- T normalize(w exp(step_size "
+        "e_t / e_t(1)))"
+    ),
+    touches="shared and heads",
+    state="T x d sums, 3T numbers",
+    origins={
+        "step_size": Origin("LibMTL", original="not known", elsewhere="1 in TorchJD"),
+        "warmup": Origin(
+            "LibMTL (its first step fixes the unit and leaves the weights equal)",
+            original="three epochs, according to TorchJD's documentation",
+            elsewhere=(
+                "0 in TorchJD (n_warmup_steps): the first step then moves the weights by "
+                "the undivided excess"
+            ),
+        ),
+        "weights_heads": Origin("LibMTL", elsewhere="not known"),
+        "eps": Origin("LibMTL", original="not known", elsewhere="1e-7 in TorchJD"),
+    },
+    differences=(
+        (
+            "LibMTL and the authors' code divide by a first excess of zero; here the "
+            "first positive excess is the unit, and a task counts as 1 until then."
+        ),
+        "TorchJD's weights sum to 1, LibMTL's and ours to T; TorchJD adds 1e-7 to the unit.",
+        (
+            "The accumulator is the root of the sum of squares (hypot), which does not "
+            "overflow; equal up to rounding."
+        ),
+    ),
+)

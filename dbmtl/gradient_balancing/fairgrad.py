@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import GramianAggregator
 from ..core.checks import check_number
+from ..core.facts import Facts, Origin
 from ..core.solvers import power_weights
 
 # %% ../../nbs/03_gradient_balancing/15_fairgrad.ipynb #19fd59a0
@@ -35,3 +36,32 @@ class FairGrad(GramianAggregator):
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, max_norm={self.max_norm}, weights_heads={self.weights_heads}"
+
+# %% ../../nbs/03_gradient_balancing/15_fairgrad.ipynb #ecc47e47
+FairGrad.facts = Facts(
+    venue="Ban and Ji, ICML 2024",
+    equation="M a = a^(-1/alpha), a > 0; d = sum_t a_t g_t",
+    touches="shared and heads",
+    state="none",
+    origins={
+        "alpha": Origin("authors' runs", original="2.0", elsewhere="LibMTL: 1.0"),
+        "max_norm": Origin("LibMTL", original="1.0 (authors' class)", elsewhere="-"),
+        "weights_heads": Origin("LibMTL", original="False", elsewhere="-"),
+    },
+    differences=(
+        (
+            "The authors overwrite the shared gradients only (`weights_heads=False`) and "
+            "shorten to norm 1 (`max_norm=1.0`); LibMTL does neither."
+        ),
+        "Others use SciPy's least squares from 1/T; here the equation is solved exactly.",
+        (
+            "alpha = 0 gives weights 1/T in TorchJD and 1 here; the limit of alpha to 0 "
+            "is not that where the sum would harm a task."
+        ),
+        (
+            "Without max_norm and with alpha > 1 the direction's length grows without "
+            "limit near Pareto-stationary points."
+        ),
+        "A task with zero gradient is left out; its head gets the mean of the other weights.",
+    ),
+)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..core.aggregator import FeatureAggregator, GradientAggregator
 from ..core.checks import check_number
+from ..core.facts import Facts, Origin
+from ..core.task_gradients import at_least_float32
 
 # %% ../../nbs/03_gradient_balancing/07_graddrop.ipynb #f628cfd9
 def purity(
@@ -58,8 +60,8 @@ def _uniform_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return torch.rand(tensor.shape, generator=generator, device=tensor.device, dtype=torch.float32)
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(at_least_float32(tensor.dtype))
 
 
 class GradDrop(GradientAggregator):
@@ -86,7 +88,7 @@ class GradDrop(GradientAggregator):
         "The sum of what stays of one tensor's gradients."
         first = gradients[0]
         u = _uniform_like(first, self.generator(first.device))
-        wide = [_at_least_float32(g) for g in gradients]
+        wide = [_widened(g) for g in gradients]
         masks = sign_masks(wide, u, self.eps)
         total = torch.zeros_like(wide[0])
         for g, mask, leak in zip(wide, masks, leaks, strict=True):
@@ -131,7 +133,7 @@ class GradDropFeatures(FeatureAggregator):
             raise ValueError(
                 f"every task needs features [B, ...] of one shape, got {sorted(shapes)}"
             )
-        votes = batch_signs([_at_least_float32(c) for c in cotangents], features)
+        votes = batch_signs([_widened(c) for c in cotangents], features)
         u = _uniform_like(votes[0], self.generator(votes[0].device))
         masks = sign_masks(votes, u, self.eps)
         return [
@@ -141,3 +143,59 @@ class GradDropFeatures(FeatureAggregator):
 
     def extra_repr(self) -> str:
         return f"leak={self.leak}, eps={self.eps}"
+
+# %% ../../nbs/03_gradient_balancing/07_graddrop.ipynb #1b32bc73
+GradDrop.facts = Facts(
+    venue="Chen et al., NeurIPS 2020",
+    equation=(
+        "P = (1 + sum g / sum|g|)/2, U ~ U(0,1): keep g > 0 where P > U, g < 0 where P <= "
+        "U; g = sum_t (leak_t + (1 - leak_t) mask_t) g_t"
+    ),
+    touches="shared only",
+    state="random stream",
+    origins={
+        "leak": Origin("LibMTL", original="one a task", elsewhere="TorchJD: one a task, none"),
+        "eps": Origin("paper", elsewhere="LibMTL (features): 1e-7; TorchJD: 0"),
+    },
+    differences=(
+        (
+            "Acts on parameter gradients, as in the codes of CAGrad, FAMO, Samsung and in "
+            "TorchJD; published on features: GradDropFeatures."
+        ),
+        "0/0 keeps nothing, as in TorchJD; LibMTL's eps: eps=1e-7.",
+        "TorchJD allows any function of the purity; here the identity.",
+        (
+            "The paper keeps negative entries where P < U; here where P <= U, so that "
+            "entries on which all tasks agree are kept for U = 0 too."
+        ),
+    ),
+)
+
+# %% ../../nbs/03_gradient_balancing/07_graddrop.ipynb #abf7fe1d
+GradDropFeatures.facts = Facts(
+    venue="Chen et al., NeurIPS 2020",
+    equation=(
+        "G_t = sum over the batch of sgn(a) dL_t/da; masks of GradDrop from G, one for "
+        "each feature coordinate, on the cotangents dL_t/da"
+    ),
+    touches="shared only",
+    state="random stream",
+    passes="T through the heads, 1 of the trunk",
+    needs="features=z",
+    origins={
+        "leak": Origin("LibMTL", original="one a task", elsewhere="number, or one a task"),
+        "eps": Origin("LibMTL", original="0", elsewhere="TorchJD (parameters): 0"),
+    },
+    differences=(
+        "The paper's GradDrop row was made with LibMTL, so it is this method.",
+        (
+            "LibMTL's eps makes purities of cotangents near 1e-7 uncertain even where "
+            "tasks agree: eps=0."
+        ),
+        "All tasks need features of one shape (several inputs: equal batches), else ValueError.",
+        (
+            "The paper keeps negative entries where P < U; here where P <= U, so that "
+            "entries on which all tasks agree are kept for U = 0 too."
+        ),
+    ),
+)

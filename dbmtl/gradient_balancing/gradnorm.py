@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..core.aggregator import NormAggregator
 from ..core.checks import check_choice, check_number, check_whole
 from ..core.epoch_means import EpochMeans
+from ..core.facts import Facts, Origin
 
 # %% ../../nbs/03_gradient_balancing/04_gradnorm.ipynb #f9746405
 def training_rates(
@@ -119,3 +120,57 @@ class GradNorm(NormAggregator):
             f"window={self.window}, longest={self.epochs.longest}, "
             f"weights_heads={self.weights_heads})"
         )
+
+# %% ../../nbs/03_gradient_balancing/04_gradnorm.ipynb #59fdd805
+GradNorm.facts = Facts(
+    venue="Chen et al., ICML 2018",
+    equation=(
+        "w = T softmax(p);  p descends sum_t | w_t |g_t| - mean_j(w_j |g_j|) r_t^alpha |  "
+        "(target held), r_t = (l_t/l_t(0)) / mean;  d = sum_t w_t g_t"
+    ),
+    touches="shared only (weights_heads=True: shared and heads)",
+    state="T learned scores, T initial losses",
+    needs='scores in the optimizer; end_epoch (or window=, or initial="first")',
+    origins={
+        "alpha": Origin(
+            "LibMTL",
+            original="not known (chosen by benchmark)",
+            elsewhere="2 at SamsungLabs",
+        ),
+        "initial": Origin("LibMTL", original="first", elsewhere="not known"),
+        "window": Origin("dbmtl", original="no such option", elsewhere="not known"),
+        "longest": Origin(
+            "dbmtl: only for an error message",
+            original="has none",
+            elsewhere="-",
+        ),
+        "weights_heads": Origin(
+            "LibMTL",
+            original="True",
+            elsewhere="True in the text of DB-MTL's paper",
+        ),
+    },
+    differences=(
+        (
+            "The original rescales free weights to the sum T after each update; LibMTL "
+            "and we take T softmax(p)."
+        ),
+        (
+            "LibMTL trains with equal weights in epoch 0 and takes its mean losses as "
+            'l(0), the original takes the losses of the first step: initial="first".'
+        ),
+        (
+            "The original measures norms on the last shared layer, LibMTL and we on all "
+            "shared parameters."
+        ),
+        "The text weights the heads too, LibMTL does not: weights_heads=True.",
+        (
+            "LibMTL keeps the scores in the model's optimizer (learning rate 1e-4, weight "
+            "decay 1e-5); here the user's optimizer holds them."
+        ),
+        (
+            "In epoch 0 the scores get a gradient of zero here and none in LibMTL: under "
+            "Adam the first steps after it are a few times longer here."
+        ),
+    ),
+)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.aggregator import StepGradients, TensorGramianAggregator
 from ..core.checks import check_choice, check_number
+from ..core.facts import Facts, Origin
 from .pcgrad import visits
 
 # %% ../../nbs/03_gradient_balancing/06_gradvac.ipynb #a6c702f3
@@ -144,3 +145,56 @@ class GradVac(TensorGramianAggregator):
             f"beta={self.beta}, group={self.group!r}, update={self.update!r}, eps={self.eps}, "
             f"order={self.order!r}"
         )
+
+# %% ../../nbs/03_gradient_balancing/06_gradvac.ipynb #5b3610d5
+GradVac.facts = Facts(
+    venue="Wang et al., ICLR 2021",
+    equation=(
+        "if rho < rho_ij: g_i' += |g_i'| (rho_ij sqrt(1-rho^2) - rho sqrt(1-rho_ij^2)) / "
+        "(|g_j| sqrt(1-rho_ij^2)) g_j; rho_ij <- (1-beta) rho_ij + beta rho; g = sum_i g_i'"
+    ),
+    touches="shared only",
+    state="T x T cosines a group, random stream",
+    origins={
+        "beta": Origin("LibMTL", original="0.01", elsewhere="TorchJD: 0.5"),
+        "group": Origin(
+            "LibMTL",
+            original="model, layer or matrix",
+            elsewhere=(
+                "TorchJD: the user's groups; layers here: a label for each shared parameter"
+            ),
+        ),
+        "update": Origin(
+            "LibMTL since February 2024",
+            original="not known",
+            elsewhere="LibMTL before, Samsung: below; TorchJD: always",
+        ),
+        "eps": Origin("LibMTL", original="0", elsewhere="TorchJD: 1e-8"),
+        "order": Origin("LibMTL", elsewhere="fixed orders only for tests"),
+    },
+    differences=(
+        (
+            "LibMTL before February 2024 and Samsung's code average a cosine only where "
+            'the correction fires: update="below".'
+        ),
+        (
+            "A cosine beyond 1 by rounding gives NaN in LibMTL; TorchJD and here it is "
+            "cut to [-1, 1]."
+        ),
+        (
+            "A zero gradient (or one that has cancelled to rounding) teaches no cosine "
+            "here; TorchJD averages a cosine of 0."
+        ),
+        (
+            "The correction grows without bound as the usual cosine nears 1 (LibMTL: "
+            "until eps stops it). Here the usual cosine counts as at most 1 - 1e-5, so "
+            "float32 rounding between duplicate tasks sets off nothing and no amount "
+            "exceeds 224 times the ratio of the lengths."
+        ),
+        (
+            "LibMTL's eps below the cosine makes short gradients look as if they "
+            "disagreed (equal ones of length 0.01 by 1e-4) and corrects them; here eps "
+            "enters the amount and the average, not the question whether to correct."
+        ),
+    ),
+)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import NormAggregator
 from ..core.checks import check_choice, check_number
+from ..core.facts import Facts, Origin
 
 # %% ../../nbs/03_gradient_balancing/02_max_norm.ipynb #d7da7a02
 COMMON_LENGTHS = {
@@ -42,7 +43,7 @@ def equal_norm_weights(
 
 # %% ../../nbs/03_gradient_balancing/02_max_norm.ipynb #59afe13c
 class MaxNorm(NormAggregator):
-    "Scale all task gradients to one length, by default the largest norm (DB-MTL section 3.2, Eq. 2)."
+    "Scale all task gradients to one length, by default the largest norm (DB-MTL, Eq. 2)."
 
     may_fail = False
 
@@ -64,3 +65,18 @@ class MaxNorm(NormAggregator):
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha!r}, eps={self.eps}"
+
+# %% ../../nbs/03_gradient_balancing/02_max_norm.ipynb #9bd536b3
+MaxNorm.facts = Facts(
+    venue="DB-MTL, Table 5",
+    equation="d = alpha_k sum_t ghat_t / (|ghat_t| + eps)",
+    touches="shared only",
+    state="T x d averages",
+    origins={
+        "alpha": Origin("paper, Eq. 2", elsewhere="Figure 6: min, mean, median, 1/T, constants"),
+        "eps": Origin(
+            "paper, Algorithm 1",
+            elsewhere="inside the log and added to the norms; Eq. 2 of the text has none",
+        ),
+    },
+)

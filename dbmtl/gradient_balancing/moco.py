@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..core.aggregator import GradientAggregator
 from ..core.checks import check_choice, check_number
+from ..core.facts import Facts, Origin
 from ..core.gramian import gramian, norms
 from ..core.solvers import project_simplex
+from ..core.task_gradients import at_least_float32
 
 # %% ../../nbs/03_gradient_balancing/13_moco.ipynb #6d824d7c
 def track(
@@ -57,7 +59,7 @@ def tensors_in_memory(
     tensors = dict(memory)
     for i, g in zip(positions, rows[0], strict=True):
         if i not in tensors:
-            dtype = torch.promote_types(g.dtype, torch.float32)
+            dtype = at_least_float32(g.dtype)
             tensors[i] = g.new_zeros(len(rows), *g.shape, dtype=dtype)
         if tensors[i].shape != (len(rows), *g.shape):
             raise ValueError(
@@ -141,3 +143,66 @@ class MoCo(GradientAggregator):
         schedules = f"b={self.b}, b_decay={self.b_decay}, c={self.c}, c_decay={self.c_decay}"
         options = f"normalize={self.normalize}, projection={self.projection!r}, eps={self.eps}"
         return f"{schedules}, rho={self.rho}, {options}"
+
+# %% ../../nbs/03_gradient_balancing/13_moco.ipynb #6e91f56c
+MoCo.facts = Facts(
+    venue="Fernando et al., ICLR 2023",
+    equation=(
+        "y_t <- y_t - b_k (y_t - gbar_t);  lambda <- softmax(lambda - c_k (Y Y' + rho I) "
+        "lambda);  d = Y' lambda"
+    ),
+    touches="shared only",
+    state="T x d averages, T numbers",
+    origins={
+        "b": Origin(
+            "LibMTL",
+            original="not known",
+            elsewhere="0.99 in LibMTL's published results; 0.1 in the authors' later code",
+        ),
+        "b_decay": Origin(
+            "LibMTL",
+            original="not known",
+            elsewhere="0 in LibMTL's published results and in the authors' later code",
+        ),
+        "c": Origin("LibMTL", original="not known", elsewhere="0.1 in the authors' later code"),
+        "c_decay": Origin(
+            "LibMTL",
+            original="not known",
+            elsewhere="0 in LibMTL's published results and in the authors' later code",
+        ),
+        "rho": Origin(
+            "LibMTL",
+            original="not known",
+            elsewhere="0.1 in the authors' later code",
+        ),
+        "normalize": Origin(
+            "LibMTL",
+            original="False (raw gradients)",
+            elsewhere="the authors' later code can normalize Y instead, off by default",
+        ),
+        "projection": Origin(
+            "LibMTL",
+            original="simplex",
+            elsewhere="simplex in the authors' later code",
+        ),
+        "eps": Origin("LibMTL", original="no such guard", elsewhere="not known"),
+    },
+    differences=(
+        "b is the weight of the new gradient, DB-MTL's beta that of the old one.",
+        (
+            "The original tracks raw gradients, LibMTL gives each the length of its raw "
+            "loss: normalize=False is the original."
+        ),
+        (
+            "The original projects lambda onto the simplex, LibMTL takes a softmax: "
+            "projection='simplex' is the original. With a fading c the softmax tends to "
+            "equal weights whatever the gradients."
+        ),
+        "With normalize=True the shared direction does not change under +log (up to eps).",
+        (
+            "With normalize=True a negative loss is refused (LibMTL's formula would turn "
+            "its gradient around); a step whose inner products are not finite is refused, "
+            "and changes nothing."
+        ),
+    ),
+)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import CrossGramianAggregator
 from ..core.checks import check_choice, check_number
+from ..core.facts import Facts, Origin
 from .moco import move_lambda
 from .sdmgrad import BATCH_WEIGHTS
 
@@ -41,3 +42,35 @@ class MoDo(CrossGramianAggregator):
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}, rho={self.rho}, heads={self.heads!r}"
+
+# %% ../../nbs/03_gradient_balancing/20_modo.ipynb #09b3b165
+MoDo.facts = Facts(
+    venue="Chen et al., NeurIPS 2023",
+    equation=(
+        "lambda <- Proj_simplex(lambda - gamma (C lambda + rho lambda)), C = G1 G2';  d = "
+        "G3' lambda"
+    ),
+    touches="shared only",
+    state="T numbers",
+    passes="3T",
+    needs="three batches",
+    origins={
+        "gamma": Origin(
+            "LibMTL",
+            original="not known",
+            elsewhere="0.1 in TorchJD and in the authors' code",
+        ),
+        "rho": Origin(
+            "LibMTL",
+            original="not known",
+            elsewhere="0.1 in TorchJD and in the authors' code",
+        ),
+        "heads": Origin("LibMTL", original="not known", elsewhere="sum in LibMTL's SDMGrad"),
+    },
+    differences=(
+        (
+            "gamma has the unit of one over a squared gradient: the method is not "
+            "invariant to the scale of the losses."
+        ),
+    ),
+)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.aggregator import GramianAggregator
 from ..core.checks import check_number, check_whole
+from ..core.facts import Facts, Origin
 from ..core.solvers import power_weights
 
 # %% ../../nbs/03_gradient_balancing/11_nash_mtl.ipynb #a23aa81c
@@ -42,3 +43,35 @@ class NashMTL(GramianAggregator):
 
     def extra_repr(self) -> str:
         return f"max_norm={self.max_norm}, update_every={self.update_every}"
+
+# %% ../../nbs/03_gradient_balancing/11_nash_mtl.ipynb #b8043769
+NashMTL.facts = Facts(
+    venue="Navon et al., ICML 2022",
+    equation="M a = 1 / a, a > 0; d = sum_t a_t g_t, shortened to norm 1",
+    touches="shared and heads",
+    state="none (T numbers and a count with update_every > 1)",
+    passes="T (1 in the steps between updates)",
+    origins={
+        "max_norm": Origin("LibMTL", original="1.0", elsewhere="TorchJD: 1.0"),
+        "update_every": Origin("LibMTL", original="1", elsewhere="-"),
+    },
+    differences=(
+        (
+            "All others approximate by at most 20 convex problems; here the equation is "
+            "solved exactly, and the iteration is not offered."
+        ),
+        (
+            "Others fall back on the previous weights when the solver fails, silently; "
+            "with cvxpy from 1.6 and without ECOS that is every step. Here it raises."
+        ),
+        (
+            "M is divided by its Frobenius norm in nash-mtl and LibMTL, but the "
+            "constraint carries the factor: LibMTL's weights satisfy M a = 1/a as here."
+        ),
+        "LibMTL and nash-mtl take one pass more than T.",
+        (
+            "A task with zero gradient is left out of the bargain; its head gets the mean "
+            "of the other weights."
+        ),
+    ),
+)

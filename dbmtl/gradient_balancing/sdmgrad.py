@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import CrossGramianAggregator
 from ..core.checks import check_choice, check_number, check_whole
+from ..core.facts import Facts, Origin
 from ..core.solvers import project_simplex
 
 # %% ../../nbs/03_gradient_balancing/19_sdmgrad.ipynb #7ee0b563
@@ -79,3 +80,49 @@ class SDMGrad(CrossGramianAggregator):
     def extra_repr(self) -> str:
         inner = f"pull={self.pull}, lr={self.lr}, momentum={self.momentum}, steps={self.steps}"
         return f"{inner}, normalize={self.normalize}, eps={self.eps}, heads={self.heads!r}"
+
+# %% ../../nbs/03_gradient_balancing/19_sdmgrad.ipynb #64177945
+SDMGrad.facts = Facts(
+    venue="Xiao, Ban and Ji, NeurIPS 2023",
+    equation=(
+        "w <- 20 projected SGD steps along C (w + pull/T), C = G1 G2';  d = G3' (w + "
+        "pull/T) / (1 + pull)"
+    ),
+    touches="shared only",
+    state="T numbers",
+    passes="3T",
+    needs="three batches",
+    origins={
+        "pull": Origin(
+            "LibMTL",
+            original=(
+                "0.3 in the authors' experiments (0.6 in their class), according to "
+                "TorchJD's documentation"
+            ),
+            elsewhere="0.3 in TorchJD",
+        ),
+        "lr": Origin("LibMTL", original="not known", elsewhere="10 in TorchJD"),
+        "momentum": Origin("LibMTL", original="not known", elsewhere="0.5 in TorchJD"),
+        "steps": Origin(
+            "LibMTL",
+            original="20 in the authors' script",
+            elsewhere="20 in TorchJD",
+        ),
+        "normalize": Origin("LibMTL", elsewhere="True in TorchJD"),
+        "eps": Origin("LibMTL", original="not known", elsewhere="1e-8 in TorchJD"),
+        "heads": Origin("LibMTL", original="not known", elsewhere="mean in LibMTL's MoDo"),
+    },
+    differences=(
+        (
+            "LibMTL applies the weights to the first of three batches and takes C from "
+            "the other two; here they go to the third: the same in distribution."
+        ),
+        "C is not symmetric: rows belong to the first batch.",
+        (
+            "Heads get the sum of the three batches' gradients (LibMTL); heads='mean' or "
+            "'last' are options."
+        ),
+        "LibMTL calls numpy.alltrue, which NumPy 2 no longer has.",
+        "The 20 steps of length 5 need not reach the optimum; lr is an option.",
+    ),
+)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.aggregator import LossWeighting
+from ..core.facts import Facts
 
 # %% ../../nbs/03_gradient_balancing/01_sum.ipynb #3f6beac3
 class Sum(LossWeighting):
@@ -17,3 +18,14 @@ class Sum(LossWeighting):
 
     def forward(self, nothing: None, losses: Tensor) -> Tensor:  # [T]
         return torch.ones_like(losses)
+
+# %% ../../nbs/03_gradient_balancing/01_sum.ipynb #d5d5e748
+Sum.facts = Facts(
+    venue="equal weighting",
+    equation="d = sum_t g_t",
+    touches="shared and heads",
+    state="none",
+    axis="loss",
+    passes="1",
+    differences=("The sum, not the mean; the CAGrad family averages inside its own formula.",),
+)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import GramianAggregator
 from ..core.checks import check_number
+from ..core.facts import Facts, Origin
 from ..core.solvers import dual_cone_weights
 
 # %% ../../nbs/03_gradient_balancing/16_upgrad.ipynb #4f103d08
@@ -38,3 +39,28 @@ class UPGrad(GramianAggregator):
 
     def extra_repr(self) -> str:
         return f"reg_eps={self.reg_eps}"
+
+# %% ../../nbs/03_gradient_balancing/16_upgrad.ipynb #ff9cb17b
+UPGrad.facts = Facts(
+    venue="Quinton and Rey, 2024",
+    equation=(
+        "mean over t of the projection of g_t on {x: G x >= 0}: v_t = argmin v'Mv, v >= "
+        "e_t; d = G' mean_t v_t"
+    ),
+    touches="shared only",
+    state="none",
+    origins={
+        "reg_eps": Origin(
+            "paper",
+            original="0",
+            elsewhere="LibMTL and TorchJD: 1e-4 (after division by the trace)",
+        ),
+    },
+    differences=(
+        (
+            "LibMTL and TorchJD add 1e-4 of the trace to the Gramian's diagonal "
+            "(`reg_eps=1e-4` gives TorchJD's numbers), which admits small conflicts; here "
+            "the projection is exact."
+        ),
+    ),
+)

@@ -7,12 +7,13 @@ __all__ = ['DWA']
 
 # %% ../../nbs/02_loss_balancing/06_dwa.ipynb #7cef9daf
 import torch
-from .rlw import weight_sum
 from torch import Tensor
 
 from ..core.checks import check_number, check_whole
 from ..core.epoch_means import EpochMeans
+from ..core.facts import Facts, Origin
 from ..core.transform import Transform
+from .rlw import weight_sum
 
 # %% ../../nbs/02_loss_balancing/06_dwa.ipynb #6bcaf6cf
 class DWA(Transform):
@@ -69,3 +70,45 @@ class DWA(Transform):
             f"DWA(num_tasks={self.means.num_tasks}, temperature={self.temperature}, "
             f"total={self.total!r}, window={self.means.window}, longest={self.means.longest})"
         )
+
+# %% ../../nbs/02_loss_balancing/06_dwa.ipynb #2ea367f2
+DWA.facts = Facts(
+    venue="Liu, Johns and Davison, CVPR 2019",
+    equation=(
+        "w = T softmax(r / temperature), r_t = mean loss of the last epoch over that of "
+        "the one before; 1 in the first two"
+    ),
+    touches="shared and heads",
+    state="epoch means",
+    axis="loss",
+    passes="1",
+    needs="end_epoch (or window=)",
+    origins={
+        "temperature": Origin("LibMTL", elsewhere="-"),
+        "total": Origin("LibMTL", elsewhere="1 in nash-mtl (a mean of the weighted losses)"),
+        "window": Origin(
+            "LibMTL",
+            original="epochs of the data",
+            elsewhere=(
+                "nash-mtl has no epochs: the newer 25 of the last 50 losses against the "
+                "older 25, anew in each step from the 26th on"
+            ),
+        ),
+        "longest": Origin(
+            "dbmtl: only for an error message",
+            original="has none",
+            elsewhere="-",
+        ),
+    },
+    differences=(
+        (
+            "nash-mtl divides the mean of the newer 25 of the last 50 losses by that of "
+            "the older ones, in each step, and takes the mean for the sum: `window=25, "
+            "total=1.0` is the block version of it."
+        ),
+        (
+            "A mean loss of zero gives NaN elsewhere; here 0/0 = 1, and x/0 gives that "
+            "task all the weight."
+        ),
+    ),
+)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.adam import adam_moments
 from ..core.checks import check_number, check_whole
+from ..core.facts import Facts, Origin
 from ..core.transform import Transform
 
 # %% ../../nbs/02_loss_balancing/08_famo.ipynb #e1a908ac
@@ -104,3 +105,37 @@ class FAMO(Transform):
             f"num_tasks={self.num_tasks}, w_lr={self.w_lr}, gamma={self.gamma}, b={self.b}, "
             f"eps={self.eps}"
         )
+
+# %% ../../nbs/02_loss_balancing/08_famo.ipynb #633657f6
+FAMO.facts = Facts(
+    venue="Liu, Feng, Stone and Liu, NeurIPS 2023",
+    equation=(
+        "phi = c sum_t z_t log(l_t - b + eps), z = softmax(w), c = 1 / sum_t z_t / (l_t - "
+        "b + eps) held fixed; w by Adam on the change of the logs"
+    ),
+    touches="shared and heads",
+    state="4T numbers, count of looks",
+    axis="loss",
+    passes="1",
+    needs="after_step",
+    origins={
+        "w_lr": Origin("LibMTL", elsewhere="0.025 in TorchJD"),
+        "gamma": Origin(
+            "LibMTL",
+            original="0.01 on Cityscapes, 0.001 otherwise (grid 1e-4, 1e-3, 1e-2)",
+            elsewhere="1e-5 is the default of the authors' class",
+        ),
+        "b": Origin("LibMTL", elsewhere="-"),
+        "eps": Origin("LibMTL", elsewhere="-"),
+    },
+    differences=(
+        (
+            "The authors' code clips the shared gradient to norm 1, LibMTL does not, nor "
+            "do we: clip before the optimizer's step."
+        ),
+        (
+            "One more forward pass a step, in train mode: batch normalization counts the "
+            "batch twice, dropout draws a new mask."
+        ),
+    ),
+)

@@ -9,6 +9,7 @@ __all__ = ['GLS']
 import torch
 from torch import Tensor
 
+from ..core.facts import Facts
 from ..core.transform import Transform
 
 # %% ../../nbs/02_loss_balancing/03_gls.ipynb #75a4c5f7
@@ -25,3 +26,21 @@ class GLS(Transform):
 
     def valid(self, losses: Tensor) -> Tensor:
         return torch.isfinite(losses) & (losses > 0)
+
+# %% ../../nbs/02_loss_balancing/03_gls.ipynb #9e679767
+GLS.facts = Facts(
+    venue="Chennupati et al., CVPR-W 2019 (MultiNet++)",
+    equation="phi = (prod_t l_t)^(1/T) = exp(mean_t log l_t)",
+    touches="shared and heads",
+    state="none",
+    axis="loss",
+    passes="1",
+    differences=(
+        (
+            "LibMTL forms the product in float32, which underflows (eleven losses of 1e-4 "
+            "are 1e-44; a little less gives NaN gradients); here the mean of logarithms "
+            "in float64, the same function."
+        ),
+        "The direction is that of the log-sum, the step is shorter by the geometric mean over T.",
+    ),
+)

@@ -17,6 +17,7 @@ from torch.nn.functional import softplus
 from ..core.adam import adam_step, new_moments
 from ..core.checks import check_number, check_whole
 from ..core.epoch_means import EpochMeans
+from ..core.facts import Facts, Origin
 from ..core.transform import Memory, Transform
 
 # %% ../../nbs/02_loss_balancing/07_igb.ipynb #371b9bcb
@@ -378,3 +379,91 @@ class IGBv2(Transform):
         timetable = ", ".join(f"{key}={value}" for key, value in self.timetable._asdict().items())
         epochs = f"window={self.epochs.window}, longest={self.epochs.longest}"
         return f"IGBv2({self.agent.extra_repr()}, {timetable}, {epochs})"
+
+# %% ../../nbs/02_loss_balancing/07_igb.ipynb #bc0f6462
+IGBv2.facts = Facts(
+    venue="Dai, Fei and Lu, UAI 2023",
+    equation=(
+        "L = sum_t w_t log l_t, w = T softmax(action) by a soft actor-critic; reward "
+        "(lr_0/lr) min_t (l_t,prev - l_t,now) / b_t"
+    ),
+    touches="shared and heads",
+    state=(
+        "agent's networks and Adam moments, replay buffer (10,000 x (3T+1)), base losses, "
+        "epoch means, random stream"
+    ),
+    axis="loss",
+    passes="1",
+    needs="end_epoch (or window=)",
+    origins={
+        "base_epoch": Origin("authors' code", original="as here (authors' code)", elsewhere="-"),
+        "random_epochs": Origin(
+            "authors' code",
+            original="as here (authors' code)",
+            elsewhere="-",
+        ),
+        "update_epoch": Origin(
+            "authors' code",
+            original="as here (authors' code)",
+            elsewhere="-",
+        ),
+        "update_every": Origin(
+            "authors' code",
+            original="as here (authors' code)",
+            elsewhere="-",
+        ),
+        "updates": Origin(
+            "authors' code (update_every / 2)",
+            original="as here (authors' code)",
+            elsewhere="-",
+        ),
+        "batch": Origin(
+            "authors' code (times k/2)",
+            original="as here (authors' code)",
+            elsewhere="-",
+        ),
+        "hidden": Origin("authors' code", original="as here (authors' code)", elsewhere="-"),
+        "gamma": Origin("authors' code", original="as here (authors' code)", elsewhere="-"),
+        "tau": Origin("authors' code", original="as here (authors' code)", elsewhere="-"),
+        "lr": Origin("authors' code", original="as here (authors' code)", elsewhere="-"),
+        "alpha": Origin("authors' code", original="as here (authors' code)", elsewhere="-"),
+        "automatic": Origin(
+            "authors' code (target entropy -T)",
+            original="as here (authors' code)",
+            elsewhere="-",
+        ),
+        "capacity": Origin("authors' code", original="as here (authors' code)", elsewhere="-"),
+        "bounded": Origin(
+            "authors' code",
+            original="as here (authors' code)",
+            elsewhere="True: SAC's own squashing, at most e^2 between two weights",
+        ),
+        "window": Origin("dbmtl", original="epochs of the training loop", elsewhere="-"),
+        "longest": Origin(
+            "dbmtl: only for an error message",
+            original="has none",
+            elsewhere="-",
+        ),
+    },
+    differences=(
+        (
+            "The logarithm is part of the method: `+log` would be a logarithm of weighted "
+            "log losses and has no meaning."
+        ),
+        (
+            "The authors' code takes the softmax of the unbounded Gaussian u and keeps "
+            "the density of tanh u, and so do we; bounded=True takes tanh u in both, as "
+            "SAC has it, so that weights differ by a factor e^2 at most."
+        ),
+        (
+            "The authors' code learns before it chooses the weights of every 50th step, "
+            "here after that step."
+        ),
+        (
+            "The factor lr_0/lr of the reward needs the optimizer's learning rate: the "
+            "user sets balancer.transform.lr_ratio; it is 1 otherwise."
+        ),
+        "IGBv1, w = T softmax(l/b), is not built.",
+        "LibMTL does not have the method; defaults are those of the authors' code.",
+    ),
+)

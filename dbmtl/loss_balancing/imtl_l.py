@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.checks import check_whole
+from ..core.facts import Facts
 from ..core.transform import Transform
 
 # %% ../../nbs/02_loss_balancing/02_imtl_l.ipynb #0d56e1b4
@@ -37,3 +38,22 @@ class IMTLL(Transform):
 
     def extra_repr(self) -> str:
         return f"num_tasks={len(self.s)}"
+
+# %% ../../nbs/02_loss_balancing/02_imtl_l.ipynb #c064464a
+IMTLL.facts = Facts(
+    venue="Liu et al., ICLR 2021",
+    equation="L = sum_t e^{s_t} l_t - s_t",
+    touches="shared and heads",
+    state="T learned scales",
+    axis="loss",
+    passes="1",
+    needs="scales in the optimizer",
+    differences=(
+        "UW is the same objective up to a factor 2 and the sign of s.",
+        "LibMTL has it only inside the hybrid IMTL.",
+        (
+            "The scales follow the optimizer's learning rate, so they lag where losses "
+            "change fast; the log transform is their limit (Proposition 3.1)."
+        ),
+    ),
+)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_number
+from ..core.facts import Facts, Origin
 from ..core.transform import Transform
 
 # %% ../../nbs/02_loss_balancing/01_log.ipynb #3482a758
@@ -42,3 +43,19 @@ class Identity(Transform):
 
     def forward(self, losses: Tensor) -> Tensor:
         return losses
+
+# %% ../../nbs/02_loss_balancing/01_log.ipynb #53069c37
+Log.facts = Facts(
+    venue="DB-MTL, Table 5 (= EW+log; SI in Nash-MTL's tables)",
+    equation="L = sum_t log(l_t + eps)",
+    touches="shared and heads",
+    state="none",
+    axis="loss",
+    passes="1",
+    origins={
+        "eps": Origin(
+            "paper, Algorithm 1",
+            elsewhere="inside the log and added to the norms; Eq. 2 of the text has none",
+        ),
+    },
+)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_number, check_whole
+from ..core.facts import Facts, Origin
 from ..core.transform import Transform
 
 # %% ../../nbs/02_loss_balancing/04_rlw.ipynb #68cb60ef
@@ -52,3 +53,19 @@ class RLW(Transform):
 
     def extra_repr(self) -> str:
         return f"num_tasks={self.num_tasks}, total={self.total!r}"
+
+# %% ../../nbs/02_loss_balancing/04_rlw.ipynb #e9098230
+RLW.facts = Facts(
+    venue="Lin, Ye, Zhang and Tsang, TMLR 2022",
+    equation="w = softmax(z), z ~ N(0, I) in each step; phi = sum_t w_t l_t",
+    touches="shared and heads",
+    state="T numbers, random stream",
+    axis="loss",
+    passes="1",
+    origins={
+        "total": Origin("LibMTL", elsewhere='"T" in IGB\'s code; 1 in nash-mtl and TorchJD'),
+    },
+    differences=(
+        ('The weights sum to 1 in LibMTL, nash-mtl and TorchJD, to T in IGB\'s code: `total="T"`.'),
+    ),
+)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.checks import check_number, check_whole
 from ..core.epoch_means import EpochMeans
+from ..core.facts import Facts, Origin
 from ..core.transform import Transform
 
 # %% ../../nbs/02_loss_balancing/09_stch.ipynb #b29010f1
@@ -73,3 +74,46 @@ class STCH(Transform):
             f"STCH(num_tasks={self.means.num_tasks}, mu={self.mu}, warmup={self.warmup}, "
             f"eps={self.eps}, window={self.means.window}, longest={self.means.longest})"
         )
+
+# %% ../../nbs/02_loss_balancing/09_stch.ipynb #1447654a
+STCH.facts = Facts(
+    venue="Lin et al., ICML 2024",
+    equation=(
+        "phi = T mu log sum_t exp(x_t / mu), x_t = log((l_t + eps) / (nadir_t + eps)); "
+        "log-sum until the nadir is known"
+    ),
+    touches="shared and heads",
+    state="epoch means, T numbers",
+    axis="loss",
+    passes="1",
+    needs="end_epoch (until the nadir is known)",
+    origins={
+        "mu": Origin(
+            "LibMTL",
+            original="grid 0.01, 0.1, 0.5, 1",
+            elsewhere="no default in TorchJD",
+        ),
+        "warmup": Origin("LibMTL", original="not known", elsewhere="none in TorchJD"),
+        "eps": Origin("LibMTL", original="not known", elsewhere="-"),
+        "window": Origin("LibMTL", original="not known", elsewhere="-"),
+        "longest": Origin(
+            "dbmtl: only for an error message",
+            original="has none",
+            elsewhere="-",
+        ),
+    },
+    differences=(
+        (
+            "LibMTL subtracts the largest x_t and does not add it back: another value, "
+            "the same gradient. Here it is added back."
+        ),
+        (
+            "LibMTL has log(l / nadir + eps), undefined where a nadir is zero; here "
+            "log((l + eps) / (nadir + eps)), the same for losses that are not tiny."
+        ),
+        (
+            "TorchJD's STCH smooths the maximum of any values, without logarithm, nadir "
+            "and the factor T: not covered."
+        ),
+    ),
+)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.checks import check_number, check_whole
+from ..core.facts import Facts, Origin
 from ..core.transform import Transform
 
 # %% ../../nbs/02_loss_balancing/05_uw.ipynb #0221363f
@@ -50,3 +51,33 @@ class UW(Transform):
 
     def extra_repr(self) -> str:
         return f"num_tasks={len(self.s)}, init={self.init}, half={self.half}"
+
+# %% ../../nbs/02_loss_balancing/05_uw.ipynb #712259d8
+UW.facts = Facts(
+    venue="Kendall, Gal and Cipolla, CVPR 2018",
+    equation="phi_t = l_t / (2 e^(s_t)) + s_t / 2",
+    touches="shared and heads",
+    state="T learned numbers",
+    axis="loss",
+    passes="1",
+    needs="scales in the optimizer",
+    origins={
+        "init": Origin("LibMTL", original="not known", elsewhere="0 in nash-mtl and TorchJD"),
+        "half": Origin(
+            "LibMTL",
+            original="the 1/2 for regression, none for classification",
+            elsewhere="SamsungLabs: no 1/2 for any task",
+        ),
+    },
+    differences=(
+        (
+            "LibMTL learns s with the model's optimizer, nash-mtl in a parameter group of "
+            "its own (rate 0.025): the user's optimizer decides."
+        ),
+        (
+            "SamsungLabs drops the 1/2 of the first term: `half=False`; classification "
+            "tasks by `half=(True, False, ...)`."
+        ),
+        "The same objective as IMTL-L up to the factor 1/2 and the sign of s.",
+    ),
+)

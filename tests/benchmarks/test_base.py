@@ -1,89 +1,34 @@
-"""A benchmark as data: meters, floors, scales, names and the toys."""
+"""A benchmark as data: floors, scales, splits, optimizer, schedule and names."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from dbmtl.benchmarks.base import (
-    Accuracy,
     Benchmark,
-    MeanAbsoluteError,
     Metric,
     Scale,
     TensorSplit,
+    adam,
     benchmark_names,
     constant_floor,
     get_benchmark,
-    toy,
-    toy_multi,
+    step_decay,
+    subset,
 )
+from dbmtl.benchmarks.meters import Accuracy
+from dbmtl.benchmarks.toy import toy
 from dbmtl.core.checks import unknown_name
-
-
-@given(st.integers(1, 60), st.integers(1, 60), st.floats(-3, 3))
-@settings(max_examples=30, deadline=None)
-def test_mae_meter_is_exact_whatever_the_batches(size, batch, power):
-    generator = torch.Generator().manual_seed(size)
-    prediction, target = torch.randn(2, size, generator=generator) * 10**power
-    meter = MeanAbsoluteError(factor=2.5)
-    for p, t in zip(prediction.split(batch), target.split(batch), strict=True):
-        meter.update(p, t)
-    whole = 2.5 * (prediction - target).abs().double().mean()
-    assert_close(
-        torch.tensor(meter.compute()["MAE"], dtype=torch.float64), whole, rtol=1e-12, atol=0
-    )
-
-
-def test_mae_meter_sums_in_float64():
-    meter = MeanAbsoluteError()
-    meter.update(torch.tensor([2.0**25]), torch.zeros(1))
-    for _ in range(4):
-        meter.update(torch.ones(1), torch.zeros(1))  # 2^25 + 1 is not a float32
-    assert meter.compute() == {"MAE": (2.0**25 + 4) / 5}
-
-
-def test_mae_meter_refuses_shapes_that_would_broadcast():
-    with pytest.raises(ValueError, match="differ in shape"):
-        MeanAbsoluteError().update(torch.zeros(4, 1), torch.zeros(4))
-
-
-def test_accuracy_meter_counts_over_unequal_batches():
-    meter = Accuracy()
-    scores = torch.eye(3)[torch.tensor([0, 1, 2, 2])]
-    meter.update(scores[:3], torch.tensor([0, 1, 0]))
-    meter.update(scores[3:], torch.tensor([2]))
-    assert meter.compute() == {"Acc": 75.0}
 
 
 def test_constant_floor_of_the_mean_and_of_the_majority():
     floor = constant_floor(toy.tasks[0], torch.tensor(1.0), torch.tensor([0.0, 1.0, 5.0]))
     assert floor == {"MAE": 5 / 3}
     task = replace(toy.tasks[0], meter=Accuracy, metrics=(Metric("Acc", "up"),))
-    assert constant_floor(task, torch.tensor([0.0, 1.0]), torch.tensor([1, 1, 0, 1])) == {
-        "Acc": 75.0
-    }
-
-
-@pytest.mark.parametrize("benchmark", [toy, toy_multi], ids=lambda b: b.name)
-def test_toy_floors_are_those_of_the_training_mean(benchmark):
-    data = benchmark.load(benchmark.scale("smoke"), "cpu", 0)
-    pick = (lambda split: split["large"]) if benchmark.multi_input else (lambda split: split)
-    mean = pick(data.train).targets["large"].mean()
-    for split, floors in ((data.test, data.floors), (data.validation, data.floors_validation)):
-        expected = (pick(split).targets["large"] - mean).abs().double().mean().item()
-        assert floors["large"]["MAE"] == pytest.approx(expected, rel=1e-12)
-
-
-def test_toy_splits_do_not_overlap_and_do_not_depend_on_the_seed():
-    one, two = (toy.load(toy.scale("smoke"), "cpu", seed) for seed in (0, 1))
-    assert torch.equal(one.train.inputs, two.train.inputs) and one.hash == two.hash
-    assert not set(one.train.inputs[:, 0].tolist()) & set(one.test.inputs[:, 0].tolist())
-    assert one.hash != toy.load(replace(toy.scale("smoke"), train_size=91), "cpu", 0).hash
-    assert one.hash != toy_multi.load(toy_multi.scale("smoke"), "cpu", 0).hash
+    floor = constant_floor(task, torch.tensor([0.0, 1.0]), torch.tensor([1, 1, 0, 1]))
+    assert floor == {"Acc": 75.0}
 
 
 def test_tensor_split_hands_out_rows_by_index():
@@ -106,14 +51,58 @@ def test_unknown_benchmark_names_the_nearest(wrong, near):
     assert all(name in str(caught.value) for name in benchmark_names())
 
 
+@pytest.mark.parametrize("size", [0, 1, 40, 100])
+def test_subset_is_fixed_nested_and_within_the_part(size):
+    part = torch.arange(1000, 1100)
+    chosen = subset(part, size)
+    assert len(chosen) == (size or 100) == len(chosen.unique())
+    assert set(chosen.tolist()) <= set(part.tolist())
+    assert_close(subset(part, size), chosen, rtol=0, atol=0)
+    if size:
+        assert_close(subset(part, 100)[:size], chosen, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [-1, 101])
+def test_subset_refuses_what_the_part_does_not_have(size):
+    with pytest.raises(ValueError, match=f"size={size}: the test part has 100 samples"):
+        subset(torch.arange(100), size, "the test part")
+
+
+def test_options_of_a_scale_are_checked():
+    scale = Scale(1, 1, 1, extra={"source": "real"})
+    assert scale.option("source", ("generated", "real")) == "real"
+    assert scale.option("weights", ("none", "imagenet"), default="none") == "none"
+    with pytest.raises(ValueError, match=r"source must be one of \['generated'\], got 'real'"):
+        scale.option("source", ("generated",))
+    with pytest.raises(ValueError, match="weights must be one of .*, got None"):
+        scale.option("weights", ("none", "imagenet"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "every", "factor"),
+    [({}, 3, 0.1), ({"decay_every": 2}, 2, 0.1), ({"decay_every": 2, "decay": 0.5}, 2, 0.5)],
+)
+def test_adam_and_step_decay_follow_the_scale(extra, every, factor):
+    scale = Scale(1, 1, 1, learning_rate=0.01, extra=extra)
+    optimizer = adam([torch.nn.Parameter(torch.zeros(1))], scale)
+    assert optimizer.param_groups[0]["weight_decay"] == 0
+    schedule = step_decay(optimizer, scale, every=3, factor=0.1)
+    rates = []
+    for _ in range(2 * every):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(every * [0.01] + every * [0.01 * factor])
+
+
 def test_unknown_name_ignores_case():
     assert "did you mean 'DB-MTL'" in str(unknown_name("method", "db-mtl", ["EW", "DB-MTL"]))
 
 
 def test_bad_fields_are_refused():
-    with pytest.raises(ValueError, match="'up' or 'down'"):
+    with pytest.raises(ValueError, match=r"metric 'MAE' must be one of \['up', 'down'\]"):
         Metric("MAE", "less")
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size must be a whole number from 1, got 0"):
         Scale(epochs=1, batch_size=0, width=1)
     with pytest.raises(ValueError, match="schedule_on"):
         replace(toy, schedule_on="test")

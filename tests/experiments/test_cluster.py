@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from dbmtl.benchmarks.base import toy
+from dbmtl.benchmarks.toy import toy
 from dbmtl.experiments import cluster as module
 from dbmtl.experiments import run as lab
 from dbmtl.experiments.cluster import WorkerLost, run_on, run_remotely

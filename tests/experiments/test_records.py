@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dbmtl.benchmarks.base import Scale, toy
+from dbmtl.benchmarks.base import Scale
+from dbmtl.benchmarks.toy import toy
 from dbmtl.core.files import write_atomically
 from dbmtl.experiments import records
 from dbmtl.experiments.records import (

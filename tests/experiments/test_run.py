@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from dbmtl.benchmarks.base import toy
+from dbmtl.benchmarks.toy import toy
 from dbmtl.core.balancer import Balancer
 from dbmtl.experiments import run as lab
 from dbmtl.experiments.records import read_records

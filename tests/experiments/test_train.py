@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dbmtl.benchmarks.base import get_benchmark, toy, toy_multi
+from dbmtl.benchmarks.base import get_benchmark
+from dbmtl.benchmarks.toy import toy, toy_multi
 from dbmtl.core.balancer import Balancer
 from dbmtl.core.task_gradients import task_gradients
 from dbmtl.experiments import train as lab

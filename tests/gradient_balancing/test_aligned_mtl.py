@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from dbmtl.gradient_balancing.aligned_mtl import AlignedMTL, aligned_weights
 from torch.testing import assert_close
+
+from dbmtl.gradient_balancing.aligned_mtl import AlignedMTL, aligned_weights
 
 D = torch.float64
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from dbmtl.gradient_balancing.config import ConFIG, conflict_free_weights
 from torch.testing import assert_close
+
+from dbmtl.gradient_balancing.config import ConFIG, conflict_free_weights
 
 D = torch.float64
 

@@ -5,11 +5,11 @@ import math
 import numpy
 import pytest
 import torch
-from dbmtl.gradient_balancing.excess_mtl import ExcessMTL, excess_risk
 from torch import nn
 from torch.testing import assert_close
 
 from dbmtl.core.balancer import Balancer
+from dbmtl.gradient_balancing.excess_mtl import ExcessMTL, excess_risk
 from dbmtl.loss_balancing.log import Identity
 
 BAD = [

@@ -3,9 +3,9 @@
 import cvxpy
 import pytest
 import torch
-from dbmtl.gradient_balancing.fairgrad import FairGrad
 from torch.testing import assert_close
 
+from dbmtl.gradient_balancing.fairgrad import FairGrad
 from dbmtl.gradient_balancing.mgda import MGDA
 from dbmtl.gradient_balancing.nash_mtl import NashMTL
 

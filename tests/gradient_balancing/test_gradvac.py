@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from dbmtl.gradient_balancing.gradvac import GradVac, vaccinate
 from torch.testing import assert_close
 
 from dbmtl.core.gramian import gramian
+from dbmtl.gradient_balancing.gradvac import GradVac, vaccinate
 from dbmtl.gradient_balancing.pcgrad import visits
 from dbmtl.registry import make_balancer
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from dbmtl.core.balancer import Balancer
-from dbmtl.gradient_balancing.mtadam import MetaBalance, anchored_weights
+from dbmtl.gradient_balancing.metabalance import MetaBalance, anchored_weights
 from dbmtl.loss_balancing.log import Identity
 
 nan = math.nan

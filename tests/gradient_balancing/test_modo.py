@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from dbmtl.gradient_balancing.modo import MoDo
 from torch.testing import assert_close
+
+from dbmtl.gradient_balancing.modo import MoDo
 
 BAD = [
     ("gamma", -1.0),

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from dbmtl.core.adam import adam_moments
 from dbmtl.core.balancer import Balancer
-from dbmtl.gradient_balancing.mtadam import MTAdam, adam_moments, anchor_ratios
+from dbmtl.gradient_balancing.mtadam import MTAdam, anchor_ratios
 from dbmtl.loss_balancing.log import Identity, Log
 
 nan, inf = math.nan, math.inf

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from dbmtl.gradient_balancing.aligned_mtl import AlignedMTL
-from dbmtl.gradient_balancing.config import ConFIG
-from dbmtl.gradient_balancing.gradvac import GradVac
 from torch.testing import assert_close
 
 from dbmtl.core.gramian import gramian
+from dbmtl.gradient_balancing.aligned_mtl import AlignedMTL
+from dbmtl.gradient_balancing.config import ConFIG
 from dbmtl.gradient_balancing.graddrop import GradDrop, GradDropFeatures
+from dbmtl.gradient_balancing.gradvac import GradVac
 from dbmtl.gradient_balancing.imtl_g import IMTLG
 from dbmtl.gradient_balancing.pcgrad import PCGrad
 

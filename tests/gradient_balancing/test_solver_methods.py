@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from dbmtl.gradient_balancing.fairgrad import FairGrad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from dbmtl.gradient_balancing.cagrad import CAGrad
+from dbmtl.gradient_balancing.fairgrad import FairGrad
 from dbmtl.gradient_balancing.mgda import MGDA
 from dbmtl.gradient_balancing.nash_mtl import NashMTL
 from dbmtl.gradient_balancing.upgrad import UPGrad

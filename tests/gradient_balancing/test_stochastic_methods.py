@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from dbmtl.gradient_balancing.excess_mtl import ExcessMTL
-from dbmtl.gradient_balancing.modo import MoDo
 from torch import nn
 from torch.testing import assert_close
 
 from dbmtl.core.balancer import Balancer
 from dbmtl.core.gramian import gramian
+from dbmtl.gradient_balancing.excess_mtl import ExcessMTL
 from dbmtl.gradient_balancing.moco import MoCo
+from dbmtl.gradient_balancing.modo import MoDo
 from dbmtl.gradient_balancing.sdmgrad import SDMGrad
 from dbmtl.loss_balancing.log import Identity
 

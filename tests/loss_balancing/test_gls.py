@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from dbmtl.loss_balancing.gls import GLS
 from torch.testing import assert_close
 
 from dbmtl.core.transform import slopes
+from dbmtl.loss_balancing.gls import GLS
 from dbmtl.loss_balancing.log import Log
 
 F64 = torch.float64

@@ -4,20 +4,20 @@ import copy
 
 import pytest
 import torch
-from dbmtl.loss_balancing.dwa import DWA
-from dbmtl.loss_balancing.gls import GLS
-from dbmtl.loss_balancing.rlw import RLW
-from dbmtl.loss_balancing.stch import STCH
 from torch import nn
 from torch.testing import assert_close
 
 from dbmtl.core.balancer import Balancer
 from dbmtl.core.transform import slopes
 from dbmtl.gradient_balancing.sum import Sum
+from dbmtl.loss_balancing.dwa import DWA
 from dbmtl.loss_balancing.famo import FAMO
+from dbmtl.loss_balancing.gls import GLS
 from dbmtl.loss_balancing.igb import IGBv2
 from dbmtl.loss_balancing.imtl_l import IMTLL
 from dbmtl.loss_balancing.log import Identity, Log
+from dbmtl.loss_balancing.rlw import RLW
+from dbmtl.loss_balancing.stch import STCH
 from dbmtl.loss_balancing.uw import UW
 
 MAKE = {

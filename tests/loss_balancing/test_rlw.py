@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from dbmtl.loss_balancing.rlw import RLW
 from torch.testing import assert_close
 
 from dbmtl.core.transform import slopes
+from dbmtl.loss_balancing.rlw import RLW
 
 F64 = torch.float64
 

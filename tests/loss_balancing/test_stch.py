@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from dbmtl.loss_balancing.stch import STCH
 from torch.testing import assert_close
 
 from dbmtl.core.transform import slopes
+from dbmtl.loss_balancing.stch import STCH
 
 F64 = torch.float64
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from dbmtl.benchmarks.base import get_benchmark, toy, toy_multi
+from dbmtl.benchmarks.base import get_benchmark
+from dbmtl.benchmarks.toy import toy, toy_multi
 from dbmtl.core.aggregator import (
     CrossGramianAggregator,
     GradientAggregator,
