@@ -1,7 +1,6 @@
 """Runs the notebooks in order by papermill: the part of ci/reproduce that needs the environment."""
 
 import argparse
-import difflib
 import fnmatch
 import json
 import os
@@ -10,125 +9,158 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
+from dbmtl.core.checks import nearest_name
+
 ROOT = Path(__file__).resolve().parent.parent
 SCALES = ["smoke", "generated", "cpu", "gpu", "gpu-scratch", "paper", "paper-scratch"]
+PICTURES_AND_NUMBERS = {".png", ".svg", ".csv"}
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of a traceback in a terminal
 
 
-def nearest(name, names):
-    """A hint for a message: the nearest of `names`, or all of them."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return (
-        f"did you mean {close[0]!r}?"
-        if close
-        else f"there are: {', '.join(sorted(names)) or 'none'}"
-    )
+class Result(NamedTuple):
+    """One line of the closing table."""
+
+    name: str  # of the notebook
+    seconds: float
+    figures: list[str]  # stems of the files that the notebook wrote
+    failure: str | None  # what went wrong and where
 
 
-def name_of(path):
-    """How a notebook is called: its path below nbs/ without the suffix."""
-    return path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+def did_you_mean(name, known):
+    """The end of an error message: the nearest of the known names, or all of them."""
+    nearest = nearest_name(name, known)
+    if nearest:
+        return f"did you mean {nearest!r}?"
+    return f"there are: {', '.join(sorted(known)) or 'none'}"
 
 
-def notebooks(pattern=None):
-    """Paths of the notebooks in reading order, those that match `pattern` (a glob or a part of the name)."""
-    everything = (ROOT / "nbs").rglob("*.ipynb")
-    paths = sorted(path for path in everything if ".ipynb_checkpoints" not in path.parts)
-    names = [name_of(path) for path in paths]
+# --------------------------------------------------------------------------------- notebooks
+
+
+def name_of(notebook):
+    """What a notebook is called: its path below nbs/ without the suffix."""
+    return notebook.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+
+
+def all_notebooks():
+    """The paths of all notebooks in reading order."""
+    paths = (ROOT / "nbs").rglob("*.ipynb")
+    return sorted(path for path in paths if ".ipynb_checkpoints" not in path.parts)
+
+
+def select_notebooks(pattern):
+    """The notebooks of that very name; if there is none, those whose name contains or fits it."""
+    notebooks = all_notebooks()
     if pattern is None:
-        return paths
-    chosen = [path for path in paths if pattern in (name_of(path), path.stem)]
-    if not chosen:
-        chosen = [
-            path
-            for path, name in zip(paths, names, strict=True)
-            if fnmatch.fnmatch(name, pattern) or pattern in name
-        ]
-    if not chosen:
-        sys.exit(f"--only {pattern}: no notebook of that name; {nearest(pattern, names)}")
-    return chosen
+        return notebooks
+    named = [path for path in notebooks if pattern in (name_of(path), path.stem)]
+    if named:
+        return named
+    matching = []
+    for path in notebooks:
+        name = name_of(path)
+        if pattern in name or fnmatch.fnmatch(name, pattern):
+            matching.append(path)
+    if not matching:
+        known = [name_of(path) if "/" in pattern else path.stem for path in notebooks]
+        sys.exit(f"--only {pattern}: no notebook of that name; {did_you_mean(pattern, known)}")
+    return matching
 
 
-def literal(text):
-    """A value from the command line: JSON where it is, else the text itself."""
+# -------------------------------------------------------------------------------- parameters
+
+
+def parse_value(text):
+    """A value from the command line: JSON or a constant of Python if it is one, else the text."""
+    constants = {"True": True, "False": False, "None": None}
+    if text in constants:
+        return constants[text]
     try:
         return json.loads(text)
     except ValueError:
-        return {"True": True, "False": False, "None": None}.get(text, text)
+        return text
 
 
-def values(args, declared):
-    """The parameters asked for; each must be declared by one of the selected notebooks."""
-    given = {name: literal(value) for name, value in args.parameter}
+def requested_parameters(args, declared):
+    """The parameters to set; each must be declared by one of the selected notebooks."""
+    requested = {name: parse_value(text) for name, text in args.parameter}
     if args.scale:
-        given["scale"] = args.scale
+        requested["scale"] = args.scale
     if args.fresh:
-        given["fresh"] = True
-    known = sorted(set().union(*declared.values()))
-    for name in given:
-        if name not in known:
-            sys.exit(
-                f"parameter {name!r}: no selected notebook declares it; {nearest(name, known)}"
-            )
-    return {"scale": "smoke", **given}
+        requested["fresh"] = True
+    declared_anywhere = set().union(*declared.values())
+    for name in requested:
+        if name not in declared_anywhere:
+            hint = did_you_mean(name, declared_anywhere)
+            sys.exit(f"parameter {name!r}: no selected notebook declares it; {hint}")
+    return {"scale": "smoke", **requested}
 
 
-def own_kernel(folder):
-    """Makes `python3` mean this very interpreter, whatever kernels are installed for the user or the machine."""
+# --------------------------------------------------------------------------------------- run
+
+
+def use_own_kernel(folder):
+    """Makes `python3` mean this very interpreter, whatever kernels the machine has."""
+    kernel = {
+        "argv": [
+            sys.executable,
+            "-m",
+            "ipykernel_launcher",
+            "-f",
+            "{connection_file}",
+            "--log-level=CRITICAL",
+        ],
+        "display_name": "python3",
+        "language": "python",
+    }
     spec = Path(folder, "kernels", "python3")
     spec.mkdir(parents=True)
-    argv = [
-        sys.executable,
-        "-m",
-        "ipykernel_launcher",
-        "-f",
-        "{connection_file}",
-        "--log-level=CRITICAL",
-    ]
-    spec.joinpath("kernel.json").write_text(
-        json.dumps({"argv": argv, "display_name": "python3", "language": "python"})
-    )
-    os.environ["JUPYTER_PATH"] = os.pathsep.join(
-        filter(None, [str(folder), os.environ.get("JUPYTER_PATH")])
-    )
+    spec.joinpath("kernel.json").write_text(json.dumps(kernel))
+    jupyter_path = [str(folder)]
+    if os.environ.get("JUPYTER_PATH"):
+        jupyter_path.append(os.environ["JUPYTER_PATH"])
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(jupyter_path)
     os.environ["PYTHONPATH"] = str(ROOT)
-    # small networks: two threads that wait for each other on busy cores took ten times as long as one; `jobs` uses more
+    # small networks: two threads that wait for each other on busy cores took ten times as long
+    # as one; `jobs` uses more
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pictures(root):
-    """When each picture and its numbers were last written."""
-    found = [
-        p
-        for name in ("figures", "out")
-        for p in (root / name).rglob("*")
-        if p.suffix in {".png", ".svg", ".csv"}
-    ]
-    return {path: path.stat().st_mtime_ns for path in found}
+def times_of_figures(root):
+    """When each picture and its numbers were last written: {path: nanoseconds}."""
+    times = {}
+    for folder in ("figures", "out"):
+        for path in (root / folder).rglob("*"):
+            if path.suffix in PICTURES_AND_NUMBERS:
+                times[path] = path.stat().st_mtime_ns
+    return times
 
 
-def where(notebook, executed):
-    """The number, from 1, of the cell of `notebook` that failed in the copy `executed`, and its first line."""
-    copy = nbformat.read(executed, 4).cells
-    failed = [
-        cell.id for cell in copy if any(o.output_type == "error" for o in cell.get("outputs", []))
-    ]
+def failed_cell(notebook, executed):
+    """The number, from 1, and the first line of the cell that failed in the executed copy."""
+    failed_ids = set()
+    for cell in nbformat.read(executed, 4).cells:
+        if any(output.output_type == "error" for output in cell.get("outputs", [])):
+            failed_ids.add(cell.id)
     for number, cell in enumerate(nbformat.read(notebook, 4).cells, start=1):
-        if cell.id in failed:
+        if cell.id in failed_ids:
             return f"cell {number} ({cell.source.strip().splitlines()[0]})"
     return "the injected parameters"
 
 
-def run(notebook, parameters, copies):
+def execute(notebook, parameters, copies):
     """Runs one notebook into the folder `copies`; returns None, or what went wrong and where."""
     executed = copies / notebook.relative_to(ROOT / "nbs")
     executed.parent.mkdir(parents=True, exist_ok=True)
-    bar = {"desc": name_of(notebook), "position": 1, "leave": False, "disable": None}
+    name = name_of(notebook)
+    file = f"nbs/{name}.ipynb"
     try:
         papermill.execute_notebook(
             notebook,
@@ -136,18 +168,58 @@ def run(notebook, parameters, copies):
             parameters,
             kernel_name="python3",
             cwd=notebook.parent,
-            progress_bar=bar,
+            progress_bar={"desc": name, "position": 1, "leave": False, "disable": None},
         )
     except PapermillExecutionError as error:
-        trace = "\n".join(error.traceback)
+        traceback = "\n".join(error.traceback)
         if not sys.stderr.isatty():
-            trace = re.sub(r"\x1b\[[0-9;]*m", "", trace)
-        return f"{trace}\n{name_of(notebook)}, {where(notebook, executed)}: {error.ename}: {error.evalue}"
+            traceback = COLOURS.sub("", traceback)
+        place = f"{file}, {failed_cell(notebook, executed)}"
+        return f"{traceback}\n{place}: {error.ename}: {error.evalue}"
     except Exception as error:  # a kernel that died or never started
-        return f"{name_of(notebook)}: {type(error).__name__}: {error}"
+        return f"{file}: {type(error).__name__}: {error}"
+    return None
 
 
-def main(argv=None):
+def run(notebook, parameters, root, copies):
+    """Runs one notebook, and tells how long it took and which figures it wrote."""
+    before = times_of_figures(root)
+    start = time.perf_counter()
+    failure = execute(notebook, parameters, copies)
+    seconds = time.perf_counter() - start
+    after = times_of_figures(root)
+    written = {path.stem for path, written_at in after.items() if before.get(path) != written_at}
+    return Result(name_of(notebook), seconds, sorted(written), failure)
+
+
+def run_until_failure(selected, requested, declared, root, copies):
+    """Runs the selected notebooks in order, up to the first that fails."""
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        use_own_kernel(folder)
+        for notebook in tqdm(selected, desc="notebooks", unit="", disable=None):
+            parameters = {
+                name: value for name, value in requested.items() if name in declared[notebook]
+            }
+            result = run(notebook, parameters, root, copies)
+            results.append(result)
+            if result.failure:
+                break
+            if not sys.stderr.isatty():
+                print(f"{result.name}  {result.seconds:.0f} s", flush=True)
+    return results
+
+
+def print_table(results):
+    """A line for each notebook that was run: seconds and figures."""
+    width = max(len(result.name) for result in results)
+    print(f"\n{'notebook':{width}}  seconds  figures")
+    for result in results:
+        figures = ", ".join(["FAILED"] * bool(result.failure) + result.figures)
+        print(f"{result.name:{width}}  {result.seconds:7.1f}  {figures}".rstrip())
+
+
+def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
         prog="ci/reproduce", description="Runs the notebooks and draws the figures."
     )
@@ -162,44 +234,29 @@ def main(argv=None):
     parser.add_argument(
         "-p", dest="parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
     )
-    args = parser.parse_args(argv)
-    if args.scale not in [None, *SCALES]:
-        sys.exit(f"--scale {args.scale}: unknown; {nearest(args.scale, SCALES)}")
+    args = parser.parse_args(arguments)
+    if args.scale not in (None, *SCALES):
+        sys.exit(f"--scale {args.scale}: unknown; {did_you_mean(args.scale, SCALES)}")
+    return args
 
-    root = Path(
-        os.environ.get("DBMTL_OUT") or ROOT
-    ).resolve()  # of figures/ and out/, as in dbmtl.experiments.records
+
+def main(arguments=None):
+    args = parse_arguments(arguments)
+    # of figures/ and out/, as in dbmtl.experiments.records
+    root = Path(os.environ.get("DBMTL_OUT") or ROOT).resolve()
     copies = root / "out" / "notebooks"
-    selected = notebooks(args.only)
-    declared = {path: set(papermill.inspect_notebook(path)) for path in selected}
-    wanted = values(args, declared)
+    selected = select_notebooks(args.only)
+    declared = {notebook: set(papermill.inspect_notebook(notebook)) for notebook in selected}
+    requested = requested_parameters(args, declared)
 
-    rows, failure = [], None
-    with tempfile.TemporaryDirectory() as folder:
-        own_kernel(folder)
-        for notebook in tqdm(selected, desc="notebooks", unit="", disable=None):
-            before, start = pictures(root), time.perf_counter()
-            failure = run(
-                notebook, {k: v for k, v in wanted.items() if k in declared[notebook]}, copies
-            )
-            written = {
-                path.stem for path, when in pictures(root).items() if before.get(path) != when
-            }
-            rows.append((name_of(notebook), time.perf_counter() - start, sorted(written)))
-            if failure:
-                break
-            if not sys.stderr.isatty():
-                print(f"{rows[-1][0]}  {rows[-1][1]:.0f} s", flush=True)
+    results = run_until_failure(selected, requested, declared, root, copies)
 
-    width = max(len(name) for name, *_ in rows)
-    print(f"\n{'notebook':{width}}  seconds  figures")
-    for name, seconds, written in rows:
-        failed = ["FAILED"] if failure and name == rows[-1][0] else []
-        print(f"{name:{width}}  {seconds:7.1f}  {', '.join(failed + written)}".rstrip())
-    total = sum(seconds for _, seconds, _ in rows)
-    print(f"{len(rows)} of {len(selected)} notebooks in {total:.0f} s; executed copies in {copies}")
-    if failure:
-        sys.exit(f"\n{failure}")
+    print_table(results)
+    total = sum(result.seconds for result in results)
+    print(f"{len(results)} of {len(selected)} notebooks in {total:.0f} s", end="; ")
+    print(f"executed copies in {copies}")
+    if results[-1].failure:
+        sys.exit(f"\n{results[-1].failure}")
 
 
 if __name__ == "__main__":

@@ -1,57 +1,91 @@
-# Sourced by the other commands, from the root of the project: finds or makes the environment and leaves its Python in $PY.
-# An active environment whose torch is in range is used; otherwise .venv, made if there is none.
-# A torch that imports is never replaced: everything else is installed around that very version.
+# shellcheck shell=bash
+# Sourced by the other commands, from the root of the project: finds or makes the environment and
+# leaves its Python in $PY. An active environment whose torch is in range is used; otherwise .venv,
+# made if there is none. A torch that imports is never replaced: everything else is installed
+# around that very version.
 
 torch_in_range() {
     "$1" - <<'PYTHON' 2>/dev/null
 import re, sys, torch
-sys.exit(sys.version_info < (3, 11) or tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 7))
+version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+sys.exit(sys.version_info < (3, 11) or version < (2, 7))
 PYTHON
 }
 
-find_python() {    # the first that runs, is new enough and can make environments; $PYTHON goes before all
-    local candidate
+# prints the first Python that runs, is new enough and can make environments; $PYTHON comes first
+find_python() {
+    local candidate new_enough='import ensurepip, sys; sys.exit(sys.version_info < (3, 11))'
     for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3 python3.14; do
-        "$candidate" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$candidate" && return
+        if "$candidate" -c "$new_enough" 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
     done
-    echo "dbmtl needs Python 3.11 or newer with the venv module; none found (set PYTHON=/path/to/python)" >&2
+    echo "dbmtl needs Python 3.11 or newer with the venv module, and none was found" >&2
+    echo "(set PYTHON=/path/to/python)" >&2
     return 1
 }
 
-setup() {
-    local active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}} own=yes stamp key base pins quiet
+# sets PY, and own_environment=no where somebody else's environment is used
+choose_environment() {
+    local base active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+    own_environment=yes
     if [ -n "$active" ] && [ "$active" != "$PWD/.venv" ] && torch_in_range "$active/bin/python"; then
-        PY=$active/bin/python own=no
-    else
-        PY=$PWD/.venv/bin/python
-        if ! "$PY" -c 'import pip' 2>/dev/null; then
-            base=$(find_python) || return 1
-            echo "making .venv with $("$base" --version)"
-            "$base" -m venv .venv || return 1
-        fi
+        own_environment=no
+        PY=$active/bin/python
+        return
     fi
+    PY=$PWD/.venv/bin/python
+    if ! "$PY" -c 'import pip' 2>/dev/null; then
+        base=$(find_python) || return 1
+        echo "making .venv with $("$base" --version)"
+        "$base" -m venv .venv || return 1
+    fi
+}
+
+# prints the constraints; an installed torch keeps its version
+pins() {
+    local version
+    if ! version=$("$PY" -c 'import torch' 2>/dev/null &&
+        "$PY" -c 'from importlib.metadata import version; print(version("torch"))'); then
+        cat ci/constraints.txt
+    elif torch_in_range "$PY"; then
+        grep -v '^torch==' ci/constraints.txt
+        echo "torch==$version"
+    else
+        echo "torch $version in $PY is older than 2.7: update it, or remove .venv" >&2
+        return 1
+    fi
+}
+
+install() {
+    local constraints quiet=()
+    [ -t 1 ] || quiet=(-qq) # pip's progress is for a terminal
+    constraints=$(mktemp)
+    pins >"$constraints" || return 1
+    echo "installing into $("$PY" -c 'import sys; print(sys.prefix)')"
+    "$PY" -m pip install "${quiet[@]}" --constraint "$constraints" setuptools wheel || return 1
+    "$PY" -m pip install "${quiet[@]}" --constraint "$constraints" --no-build-isolation \
+        --config-settings editable_mode=compat --editable '.[dev]' || return 1
+    rm -f "$constraints"
+    # in somebody's own environment a warning
+    "$PY" -m pip check || [ "$own_environment" = no ]
+}
+
+setup() {
+    local stamp key bin
+    choose_environment || return 1
     # nothing to do where this folder was set up from these very files
     stamp=$("$PY" -c 'import sys; print(sys.prefix)')/.dbmtl-setup
-    key="$PWD $(cat ci/constraints.txt pyproject.toml settings.ini ci/setup.sh | "$PY" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')"
+    key=$(cat ci/constraints.txt pyproject.toml settings.ini ci/setup.sh |
+        "$PY" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+    key="$PWD $key"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
-        pins=$(mktemp) && cp ci/constraints.txt "$pins"
-        if "$PY" -c 'import torch' 2>/dev/null; then
-            if ! torch_in_range "$PY"; then
-                echo "torch $("$PY" -c 'import torch; print(torch.__version__)') in $PY is older than 2.7: update it, or remove .venv" >&2
-                return 1
-            fi
-            grep -v '^torch==' ci/constraints.txt >"$pins"
-            "$PY" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >>"$pins"
-        fi
-        echo "installing into $("$PY" -c 'import sys; print(sys.prefix)')"
-        [ -t 1 ] && quiet= || quiet=-qq    # pip's progress is for a terminal
-        "$PY" -m pip install $quiet --constraint "$pins" setuptools wheel &&
-            "$PY" -m pip install $quiet --constraint "$pins" --no-build-isolation --config-settings editable_mode=compat --editable '.[dev]' || return 1
-        rm -f "$pins"
-        "$PY" -m pip check || [ $own = no ] || return 1    # in somebody's own environment a warning
+        install || return 1
         echo "$key" >"$stamp"
     fi
-    export PATH="$(dirname "$PY"):$PATH"
+    bin=$(dirname "$PY")
+    export PATH="$bin:$PATH"
 }
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1

@@ -1,46 +1,116 @@
-"""Seeds, and what the markers cuda, data and slow mean."""
+"""Seeds, `--fast`, and what the markers cuda, data, full and slow mean."""
 
 import os
 import random
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
+# What `--fast` leaves out: files and tests that take more than two seconds or start processes
+# (`pytest --durations=60` tells). A file or a test that is not here is quick.
+FULL = [
+    "project/test_notebooks_run.py",
+    "project/test_package_build.py",
+    "benchmarks/test_nyuv2.py::test_nyuv2_command_ends_with_2_where_pictures_are_missing",
+    "benchmarks/test_nyuv2.py::test_nyuv2_equal_weighting_learns_generated_rooms",
+    "benchmarks/test_nyuv2.py::test_nyuv2_runs_in_half_precision_or_recomputed",
+    "benchmarks/test_nyuv2.py::test_nyuv2_segnet_goes_on_in_the_middle_of_an_epoch",
+    "benchmarks/test_nyuv2.py::test_nyuv2_single_task_networks_have_the_heads",
+    "benchmarks/test_nyuv2.py::test_nyuv2_smoke_runs",
+    "benchmarks/test_cityscapes.py::test_cityscapes_equal_weighting_learns_generated_streets",
+    "benchmarks/test_office.py::test_office_generated_images_can_be_learned",
+    "benchmarks/test_prepare.py::test_prepare_as_a_command",
+    "core/test_balancer.py::test_state_goes_on_in_a_fresh_balancer",
+    "data/test_image_store.py::test_image_store_is_imported_without_pillow",
+    "data/test_image_store.py::test_image_store_killed_build_leaves_no_store",
+    "data/test_scenes.py::test_rooms_can_be_learned_and_are_not_trivial",
+    "data/test_scenes.py::test_streets_can_be_learned_and_are_not_trivial",
+    "experiments/test_cluster.py",
+    "experiments/test_run.py::test_ctrl_c_with_jobs_stops_every_process_at_a_checkpoint",
+    "experiments/test_run.py::test_jobs_give_the_records_of_one_process",
+    "experiments/test_run.py::test_missing_data_are_told_without_a_traceback",
+    "experiments/test_run.py::test_one_pending_run_gets_a_process_too",
+    "experiments/test_train.py::test_a_process_killed_at_any_moment_loses_nothing",
+    "gradient_balancing/test_direction_methods.py::test_gradvac_duplicate_losses_stay_the_sum",
+    "gradient_balancing/test_norm_methods.py::test_norms_that_have_faded_away",
+    "loss_balancing/test_igb.py::test_a_frozen_agent_does_not_learn_the_bandit",
+    "loss_balancing/test_igb.py::test_igb_learns_the_bandit",
+    "loss_balancing/test_igb.py::test_igb_with_a_bound_learns_it_too",
+    "methods/test_hypothesis.py::test_no_error_and_nothing_but_finite_numbers",
+    "methods/test_properties.py::test_degenerate_gradients_are_no_news",
+    "methods/test_training.py",
+    "models/test_precision.py::test_a_trunk_through_aot_eager_equals_the_plain_run",
+    "models/test_precision.py::test_a_trunk_through_inductor_equals_the_plain_run",
+    "models/test_precision.py::test_compiling_works_in_a_process",
+    "models/test_precision.py::test_predictions_losses_and_gradients_are_float32",
+    "models/test_qm9.py::test_qm9_nnconv_dense_form_equals_torch_geometric",
+    "models/test_soft_sharing.py::test_soft_sharing_learns_all_tasks_at_once",
+    "paper/test_claims.py::test_claims_have_a_row_each",
+    "report/test_bars.py::test_bars_of_figure5_count_the_verdicts_by_kind",
+    "report/test_bars.py::test_bars_of_figure6_test_what_constants_do",
+    "report/test_bars.py::test_bars_of_figures_draw_made_up_records_exactly",
+    "report/test_bars.py::test_bars_of_figures_say_what_was_not_run",
+    "report/test_results_page.py::test_pages_bars_have_labels_that_do_not_touch",
+    "report/test_results_page.py::test_pages_pictures_have_room_for_everything",
+    "report/test_style.py::test_save_figure_writes_the_same_bytes_in_another_process",
+    "site/test_gallery.py",
+    "site/test_methods.py::test_toy_problem_without_a_balancer",
+    "site/test_readme.py",
+    "studies/test_batch_norm.py",
+    "studies/test_early_training.py::test_early_training_takes_steps_and_draws_its_own_records",
+    "studies/test_predictions.py",
+]
+TESTS = Path(__file__).resolve().parent
+
 
 def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="leave out the tests marked full")
     parser.addoption("--runslow", action="store_true", help="also run the tests marked slow")
 
 
+def is_full(item):
+    """Is this one of the tests that `--fast` leaves out?"""
+    if item.get_closest_marker("full"):
+        return True
+    file = item.path.relative_to(TESTS).as_posix()
+    return f"{file}::{item.name}".startswith(tuple(FULL))
+
+
+def missing(item):
+    """What this test needs and does not have, for each of its markers."""
+    if item.get_closest_marker("slow") and not item.config.getoption("--runslow"):
+        yield "slow: needs --runslow"
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        yield "needs CUDA"
+    if item.get_closest_marker("data") and not os.environ.get("DBMTL_DATA"):
+        yield "needs DBMTL_DATA"
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects by marker
 def pytest_collection_modifyitems(config, items):
-    reasons = {}
-    if not config.getoption("--runslow"):
-        reasons["slow"] = "slow: needs --runslow"
-    if not torch.cuda.is_available():
-        reasons["cuda"] = "needs CUDA"
-    if not os.environ.get("DBMTL_DATA"):
-        reasons["data"] = "needs DBMTL_DATA"
     for item in items:
-        for marker, reason in reasons.items():
-            if marker in item.keywords:
-                item.add_marker(pytest.mark.skip(reason=reason))
+        if is_full(item):
+            item.add_marker("full")
+        for reason in missing(item):
+            item.add_marker(pytest.mark.skip(reason=reason))
+    if config.getoption("--fast"):
+        full = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=full)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Where DBMTL_DATA is set, a skipped test of real data has failed (unless it is skipped for another marker)."""
+    """Where DBMTL_DATA is set, a skipped test of real data has failed; unless another marker
+    skipped it."""
     report = yield
-    excused = "slow" in item.keywords and not item.config.getoption("--runslow")
-    excused = excused or "cuda" in item.keywords and not torch.cuda.is_available()
-    if (
-        report.skipped
-        and not hasattr(report, "wasxfail")
-        and "data" in item.keywords
-        and not excused
-    ):
-        if os.environ.get("DBMTL_DATA"):
-            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
-            report.outcome, report.longrepr = "failed", f"DBMTL_DATA is set, yet: {reason}"
+    has_data = item.get_closest_marker("data") and not any(missing(item))
+    if has_data and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"DBMTL_DATA is set, yet: {reason}"
     return report
 
 

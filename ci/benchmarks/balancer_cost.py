@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
 """What a balanced step costs beside plain backward passes, in one run: ratios, not absolute claims.
 
-    python ci/benchmarks/balancer_cost.py [--repetitions 15] [--threads 1] [--out figures/benchmarks]
+    python ci/benchmarks/balancer_cost.py [--repetitions 15] [--threads 1]
+                                          [--out figures/benchmarks]
 
-Only the backward part of a step is timed, on a fresh graph each time, in processor time on one thread, so that other
-work on the machine disturbs it little; the contenders take turns, and medians are compared with the floor: T calls
-of `torch.autograd.grad`, one a task, each to the trunk and to its own head, the last one freeing the graph. "flat" is
-Algorithm 1 on concatenated gradient vectors. TorchJD's row is one `mtl_backward` and one `jac_to_grad`: Sum needs no
-Gramian, IMTL-G does, and neither needs a solver; chunk 1 is one pass a task.
-Peak memory of two steps of a wide MLP, each in a process of its own, above what forward and one plain backward take.
+Only the backward part of a step is timed, on a fresh graph each time, in processor time on one
+thread, so that other work on the machine disturbs it little; the contenders take turns, and medians
+are compared with the floor: T calls of `torch.autograd.grad`, one a task, each to the trunk and to
+its own head, the last one freeing the graph. "flat" is Algorithm 1 on concatenated gradient
+vectors. TorchJD's row is one `mtl_backward` and one `jac_to_grad`: Sum needs no Gramian, IMTL-G
+does, and neither needs a solver; chunk 1 is one pass a task.
+Peak memory of two steps of a wide MLP, each in a process of its own, above what forward and one
+plain backward take.
 Writes balancer_cost.json and balancer_cost.md.
 """
 
@@ -58,17 +61,21 @@ class Step:
     def __init__(self, name, network, tasks):
         torch.manual_seed(0)
         self.trunk, self.heads, self.x = NETWORKS[network](tasks)
-        self.tasks, self.average, self.count = tasks, None, 0
-        method, _, rest = name.partition(", ")
-        self.work = (
-            getattr(self, method.replace(" ", "_").replace("-", "_").lower(), None) or self.balanced
-        )
-        self.rest = rest
+        self.tasks = tasks
+        self.average = None
+        self.count = 0
+        method, _, self.options = name.partition(", ")
+        own_way = method.replace(" ", "_").replace("-", "_").lower()
+        self.work = getattr(self, own_way, self.balanced)
         if self.work == self.balanced:
-            options = {"beta": 0} if "beta 0" in rest else {}
-            grads = next((g for g in ("split", "batched") if g in rest), "loop")
+            hyper = {"beta": 0} if "beta 0" in self.options else {}
+            routes = [route for route in ("split", "batched") if route in self.options]
             self.balancer = make_balancer(
-                method, shared=self.trunk, num_tasks=tasks, grads=grads, **options
+                method,
+                shared=self.trunk,
+                num_tasks=tasks,
+                grads=routes[0] if routes else "loop",
+                **hyper,
             )
 
     def forward(self):
@@ -81,12 +88,12 @@ class Step:
         sum(losses).backward()
 
     def floor(self, losses, z):
-        shared, rows = list(self.trunk.parameters()), []
+        shared = list(self.trunk.parameters())
+        rows = []
         for t, loss in enumerate(losses):
             inputs = shared + list(self.heads[t].parameters())
-            rows.append(
-                torch.autograd.grad(loss, inputs, retain_graph=t < self.tasks - 1)[: len(shared)]
-            )
+            gradients = torch.autograd.grad(loss, inputs, retain_graph=t < self.tasks - 1)
+            rows.append(gradients[: len(shared)])
         return rows
 
     def trace(self, losses, z):
@@ -100,16 +107,15 @@ class Step:
 
     def flat(self, losses, z):
         self.count += 1
-        rows = torch.stack(
-            [
-                torch.cat([g.reshape(-1) for g in row]) / (loss.detach() + 1e-8)
-                for row, loss in zip(self.floor(losses, z), losses, strict=True)
-            ]
-        )
+        rows = []
+        for row, loss in zip(self.floor(losses, z), losses, strict=True):
+            rows.append(torch.cat([g.reshape(-1) for g in row]) / (loss.detach() + 1e-8))
+        rows = torch.stack(rows)
         beta = 0.5 / self.count**0.5
-        self.average = (
-            rows * (1 - beta) if self.average is None else beta * self.average + (1 - beta) * rows
-        )
+        if self.average is None:
+            self.average = rows * (1 - beta)
+        else:
+            self.average = beta * self.average + (1 - beta) * rows
         norms = self.average.norm(dim=1)
         step = (self.average * (norms.max() / (norms + 1e-8))[:, None]).sum(0)
         parameters = list(self.trunk.parameters())
@@ -120,12 +126,26 @@ class Step:
         from torchjd.aggregation import IMTLG, Sum
         from torchjd.autojac import jac_to_grad, mtl_backward
 
-        mtl_backward(losses, z, parallel_chunk_size=1 if "chunk 1" in self.rest else None)
-        jac_to_grad(self.trunk.parameters(), Sum() if "Sum" in self.rest else IMTLG())
+        mtl_backward(losses, z, parallel_chunk_size=1 if "chunk 1" in self.options else None)
+        jac_to_grad(self.trunk.parameters(), Sum() if "Sum" in self.options else IMTLG())
 
 
-TIMED = ["floor", "backward", "EW", "trace", "task gradients", "DB-MTL, loop", "DB-MTL, split", "DB-MTL, batched",
-         "DB-MTL, loop, beta 0", "flat", "torchjd, Sum", "torchjd, Sum, chunk 1", "torchjd, IMTL-G"]  # fmt: skip
+TIMED = [
+    "floor",
+    "backward",
+    "EW",
+    "trace",
+    "task gradients",
+    "DB-MTL, loop",
+    "DB-MTL, split",
+    "DB-MTL, batched",
+    "DB-MTL, loop, beta 0",
+    "flat",
+    "torchjd, Sum",
+    "torchjd, Sum, chunk 1",
+    "torchjd, IMTL-G",
+]
+TASKS = (3, 11)
 MEASURED = [
     "EW",
     "DB-MTL, loop",
@@ -137,25 +157,30 @@ MEASURED = [
 ]
 
 
+def resident_mib():
+    """The peak of this process until now."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def peak_mib(name, tasks):
-    """What two steps add to the peak of a process that has run forward and backward of the summed losses, in MiB."""
-    step, plain = Step(name, "wide", tasks), Step("backward", "mlp", tasks)
+    """What two steps add to the peak of a process that has run forward and backward of the summed
+    losses, in MiB."""
+    step = Step(name, "wide", tasks)
+    plain = Step("backward", "mlp", tasks)
     plain.work(*plain.forward())
     losses, z = step.forward()
     step.backward(losses, z)
     del losses, z
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_mib()
     for _ in range(2):
         step.work(*step.forward())
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return resident_mib() - before
 
 
 def milliseconds(network, tasks, repetitions):
     """Medians over interleaved repetitions; the first two are not counted."""
-    steps, times = (
-        {name: Step(name, network, tasks) for name in TIMED},
-        {name: [] for name in TIMED},
-    )
+    steps = {name: Step(name, network, tasks) for name in TIMED}
+    times = {name: [] for name in TIMED}
     for _ in range(repetitions + 2):
         for name, step in steps.items():
             losses, z = step.forward()
@@ -165,43 +190,45 @@ def milliseconds(network, tasks, repetitions):
     return {name: round(statistics.median(values[2:]), 3) for name, values in times.items()}
 
 
+def peak_of_a_process(name, tasks, threads):
+    """`peak_mib` in a process of its own."""
+    command = [sys.executable, __file__, "--peak", name, "--tasks", str(tasks)]
+    command += ["--threads", str(threads)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return round(float(done.stdout), 1)
+
+
+def shares_of_a_step(ms):
+    """Where the time of a DB-MTL step goes."""
+    whole = ms["DB-MTL, loop"]
+    return {
+        "trace": round(ms["trace"] / whole, 4),
+        "passes": round((ms["task gradients"] - ms["trace"]) / whole, 4),
+        "balancing": round(1 - ms["task gradients"] / whole, 4),
+    }
+
+
 def measure(repetitions, threads):
+    # memory first, because a new process inherits the peak of the one that starts it
     memory = {}
-    for tasks in (
-        3,
-        11,
-    ):  # first, because a new process inherits the peak of the one that starts it
-        memory[tasks] = {}
-        for name in MEASURED:
-            command = [
-                sys.executable,
-                __file__,
-                "--peak",
-                name,
-                "--tasks",
-                str(tasks),
-                "--threads",
-                str(threads),
-            ]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            memory[tasks][name] = round(float(done.stdout), 1)
-    times = {
-        f"{n}, T = {t}": milliseconds(n, t, repetitions) for n in ("mlp", "conv") for t in (3, 11)
-    }
-    shares = {
-        key: {
-            "trace": round(ms["trace"] / ms["DB-MTL, loop"], 4),
-            "passes": round((ms["task gradients"] - ms["trace"]) / ms["DB-MTL, loop"], 4),
-            "balancing": round(1 - ms["task gradients"] / ms["DB-MTL, loop"], 4),
-        }
-        for key, ms in times.items()
-    }
+    for tasks in TASKS:
+        memory[tasks] = {name: peak_of_a_process(name, tasks, threads) for name in MEASURED}
+    times = {}
+    for network in ("mlp", "conv"):
+        for tasks in TASKS:
+            times[f"{network}, T = {tasks}"] = milliseconds(network, tasks, repetitions)
     import torchjd  # noqa: F401  (must be installed: see extras `dev`)
 
     trunk = sum(p.numel() for p in wide(3)[0].parameters()) * 4 / 2**20
-    return {"threads": threads, "torch": torch.__version__, "repetitions": repetitions, "milliseconds": times,
-            "shares of a DB-MTL step": shares,
-            "one trunk gradient, MiB": round(trunk, 1), "peak MiB above a plain step": memory}  # fmt: skip
+    return {
+        "threads": threads,
+        "torch": torch.__version__,
+        "repetitions": repetitions,
+        "milliseconds": times,
+        "shares of a DB-MTL step": {key: shares_of_a_step(ms) for key, ms in times.items()},
+        "one trunk gradient, MiB": round(trunk, 1),
+        "peak MiB above a plain step": memory,
+    }
 
 
 def table(head, rows):
@@ -211,23 +238,26 @@ def table(head, rows):
 
 
 def markdown(m):
-    times, memory, one = (
-        m["milliseconds"],
-        m["peak MiB above a plain step"],
-        m["one trunk gradient, MiB"],
-    )
+    times = m["milliseconds"]
+    memory = m["peak MiB above a plain step"]
+    one = m["one trunk gradient, MiB"]
+    parts = m["shares of a DB-MTL step"]
     ratios = [[n, *(f"{ms[n] / ms['floor']:.2f}" for ms in times.values())] for n in TIMED]
     floors = ["milliseconds of the floor", *(f"{ms['floor']:.1f}" for ms in times.values())]
-    shares = [[part, *(f"{100 * s[part]:.1f} %" for s in m["shares of a DB-MTL step"].values())]
-              for part in ("trace", "passes", "balancing")]  # fmt: skip
-    peaks = [
-        [n, *(f"{memory[t][n]:.0f} ({memory[t][n] / one:.1f})" for t in memory)] for n in MEASURED
-    ]
+    shares = []
+    for part in ("trace", "passes", "balancing"):
+        shares.append([part, *(f"{100 * share[part]:.1f} %" for share in parts.values())])
+    peaks = []
+    for name in MEASURED:
+        of_tasks = [memory[tasks][name] for tasks in memory]
+        peaks.append([name, *(f"{peak:.0f} ({peak / one:.1f})" for peak in of_tasks)])
     return f"""# The cost of a balanced step
 
-Backward part of one step on the CPU, processor time, threads: {m["threads"]}, torch {m["torch"]}, float32; medians of
+Backward part of one step on the CPU, processor time, threads: {m["threads"]}, \
+torch {m["torch"]}, float32; medians of
 {m["repetitions"]} interleaved repetitions, in units of the floor (T plain passes). Written by
-`ci/benchmarks/balancer_cost.py`, which says what the rows are; `backward` is one pass of the summed losses.
+`ci/benchmarks/balancer_cost.py`, which says what the rows are; `backward` is one pass of the \
+summed losses.
 
 {table(["", *times], [*ratios, floors])}
 
@@ -235,7 +265,8 @@ Where the time of a DB-MTL step (loop) goes:
 
 {table(["", *times], shares)}
 
-Peak memory of two steps of a wide MLP above that of a plain step, in MiB (in brackets: in trunk gradients of
+Peak memory of two steps of a wide MLP above that of a plain step, in MiB (in brackets: in trunk \
+gradients of
 {one} MiB):
 
 {table(["", *(f"T = {t}" for t in memory)], peaks)}

@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
-"""The first optimizer step of the large scales, and what the switches of dbmtl.models.precision cost, in one run.
+"""The first optimizer step of the large scales, and the cost of dbmtl.models.precision's switches.
 
-    python ci/benchmarks/first_steps.py [nyuv2/paper cityscapes/gpu ...] [--method DB-MTL] [--threads 2] [--ways]
+    python ci/benchmarks/first_steps.py [nyuv2/paper cityscapes/gpu ...] [--method DB-MTL]
+                                        [--threads 2] [--ways]
 
-Each step runs in a process of its own: seconds, peak resident memory, parameters, losses. Where the data set is
-missing its generated stand-in of the same shape takes its place, and where ImageNet weights are missing the network
-starts from scratch; both are named. `--ways` measures plain, channels-last, recomputed and bfloat16 runs of one
-convolutional network, taking turns. Writes first_steps.json and first_steps.md; what was measured before and is not
-asked for again stays.
+Each step runs in a process of its own: seconds, peak resident memory, parameters, losses. Where the
+data set is missing its generated stand-in of the same shape takes its place, and where ImageNet
+weights are missing the network starts from scratch; both are named. `--ways` measures plain,
+channels-last, recomputed and bfloat16 runs of one convolutional network, taking turns. Writes
+first_steps.json and first_steps.md; what was measured before and is not asked for again stays.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -35,33 +37,35 @@ def peak_mib():
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
-# -------------------------------------------------------------------------------------- one step, in its own process
+# --------------------------------------------------------------------- one step, in its own process
+
+
+def stand_ins(scale, option, values):
+    """No change, and each of the values in place of one that may be missing."""
+    current = scale.extra.get(option)
+    if current in (None, *values):
+        return [{}]
+    return [{}, *({option: value} for value in values)]
 
 
 def attempts(scale):
     """The scale itself, then with what may be missing replaced: weights, data, both."""
-    stand_ins = {"weights": ["none"], "source": ["generated", "sample"]}
-    weights = [{}] + [
-        {"weights": w} for w in stand_ins["weights"] if scale.extra.get("weights", w) != w
-    ]
-    given = scale.extra.get("source")
-    sources = [{}] + [
-        {"source": s} for s in stand_ins["source"] if given not in (None, *stand_ins["source"])
-    ]
-    for source in sources:
-        # a stand-in has no more samples than the step and the evaluation need
-        few = {"train_size": 2 * scale.batch_size, "eval_size": scale.batch_size} if source else {}
-        source = (
-            {"classes": 31, **source} if source else {}
-        )  # of generated objects; rooms and streets know theirs
+    for source in stand_ins(scale, "source", ["generated", "sample"]):
+        few = {}
+        if source:
+            # a stand-in has no more samples than the step and the evaluation need; classes are
+            # those of generated objects: rooms and streets know theirs
+            few = {"train_size": 2 * scale.batch_size, "eval_size": scale.batch_size}
+            source = {"classes": 31, **source}
         yield [
-            dataclasses.replace(scale, extra={**scale.extra, **source, **each}, **few)
-            for each in weights
+            dataclasses.replace(scale, extra={**scale.extra, **source, **weights}, **few)
+            for weights in stand_ins(scale, "weights", ["none"])
         ]
 
 
 def load(benchmark, scale):
-    """(data, scales to try for the network) of the first source that is there; every other error passes on."""
+    """(data, scales to try for the network) of the first source that is there; every other error
+    passes on."""
     missing = None
     for scales in attempts(scale):
         try:
@@ -74,33 +78,39 @@ def load(benchmark, scale):
     raise missing
 
 
+def first_loop(benchmark, data, method, scales):
+    """(loop, scale) of the first of the scales whose ImageNet weights are there."""
+    from dbmtl.experiments.loop import Loop
+
+    missing = None
+    for scale in scales:
+        try:
+            return Loop(benchmark, data, benchmark.tasks, method, 0, scale), scale
+        except OSError as error:
+            missing = error
+    raise missing
+
+
 def first_step(name, method):
     """Numbers of the first step of "benchmark/scale"."""
     import torch
 
     from dbmtl.benchmarks.base import get_benchmark
-    from dbmtl.experiments.train import Loop
 
-    benchmark = get_benchmark(name.split("/")[0])
-    asked = benchmark.scale(name.split("/")[1])
-    before, start = peak_mib(), time.perf_counter()
+    benchmark_name, scale_name = name.split("/")
+    benchmark = get_benchmark(benchmark_name)
+    asked = benchmark.scale(scale_name)
+    before = peak_mib()
+    start = time.perf_counter()
     data, scales = load(benchmark, asked)
-    for number, scale in enumerate(scales):
-        try:
-            loop = Loop(benchmark, data, benchmark.tasks, method, 0, scale)
-        except (FileNotFoundError, OSError):
-            if number == len(scales) - 1:
-                raise
-            continue
-        break
+    loop, scale = first_loop(benchmark, data, method, scales)
     prepared = time.perf_counter()
     loop.step()
     done = time.perf_counter()
     changed = {key: value for key, value in scale.extra.items() if asked.extra.get(key) != value}
     losses = dict(zip(loop.names, loop.losses.tolist(), strict=True))
-    finite = all(map(math.isfinite, losses.values())) and all(
-        bool(p.isfinite().all()) for p in loop.model.parameters()
-    )
+    finite_losses = all(math.isfinite(loss) for loss in losses.values())
+    finite_parameters = all(bool(p.isfinite().all()) for p in loop.model.parameters())
     return {
         "benchmark": name,
         "method": method,
@@ -116,13 +126,13 @@ def first_step(name, method):
         "peak MiB": peak_mib(),
         "peak MiB before": before,
         "losses": {k: round(v, 4) for k, v in losses.items()},
-        "finite": finite,
+        "finite": finite_losses and finite_parameters,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
 
 
-# ---------------------------------------------------------------------------------------------- the ways of running
+# ------------------------------------------------------------------------------ the ways of running
 
 
 def conv_net(how):
@@ -135,17 +145,14 @@ def conv_net(how):
     class Network(nn.Module):
         def __init__(self):
             super().__init__()
-            layers, widths = [], (3, 32, 32, 64, 64, 64, 64)
-            for n, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
-                layers += [
-                    nn.Conv2d(a, b, 3, padding=1, stride=2 if n == 2 else 1),
-                    nn.BatchNorm2d(b),
-                    nn.ReLU(),
-                ]
-            self.trunk, self.heads = (
-                nn.Sequential(*layers),
-                nn.ModuleList(nn.Conv2d(64, 1, 1) for _ in range(3)),
-            )
+            widths = (3, 32, 32, 64, 64, 64, 64)
+            layers = []
+            for n, (before, after) in enumerate(itertools.pairwise(widths)):
+                stride = 2 if n == 2 else 1
+                convolution = nn.Conv2d(before, after, 3, padding=1, stride=stride)
+                layers += [convolution, nn.BatchNorm2d(after), nn.ReLU()]
+            self.trunk = nn.Sequential(*layers)
+            self.heads = nn.ModuleList(nn.Conv2d(64, 1, 1) for _ in range(3))
 
         def forward(self, images):
             shared = self.trunk(images)
@@ -162,7 +169,8 @@ def step_of(how):
     from dbmtl import make_balancer
 
     model = conv_net(how)
-    balancer, images = make_balancer("DB-MTL", shared=model.trunk, num_tasks=3), torch.randn(SIZES)
+    balancer = make_balancer("DB-MTL", shared=model.trunk, num_tasks=3)
+    images = torch.randn(SIZES)
 
     def step():
         start = time.perf_counter()
@@ -178,7 +186,8 @@ def peak_of_way(way):
     """What one step adds to a fresh process's peak, in MiB."""
     step = step_of(WAYS[way])
     before = peak_mib()
-    step(), step()
+    step()
+    step()
     return round(peak_mib() - before, 1)
 
 
@@ -196,7 +205,8 @@ def measure_ways(repetitions, threads):
 def seconds_of_ways(repetitions):
     import torch
 
-    steps, times = {way: step_of(how) for way, how in WAYS.items()}, {way: [] for way in WAYS}
+    steps = {way: step_of(how) for way, how in WAYS.items()}
+    times = {way: [] for way in WAYS}
     for step in steps.values():
         step()
     for _ in range(repetitions):
@@ -210,11 +220,12 @@ def seconds_of_ways(repetitions):
     }
 
 
-# --------------------------------------------------------------------------------------------------------- reporting
+# ---------------------------------------------------------------------------------------- reporting
 
 
 def child(*arguments, threads, limit=900):
-    """The JSON of this script in a fresh process. This one never imports torch: a child inherits its parent's peak."""
+    """The JSON of this script in a fresh process. This one never imports torch: a child inherits
+    its parent's peak."""
     command = [sys.executable, __file__, *arguments, "--threads", str(threads)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
@@ -230,44 +241,72 @@ def described(step):
     return f"{step['data']}; {changed}" if changed else step["data"]
 
 
-def markdown(result):
-    rows = "\n".join(
-        f"| {s['benchmark']} | {s['method']} | {s['batch']} | {s['shared parameters']:,} | {s['all parameters']:,} "
-        f"| {s['seconds of the step']:.1f} | {s['peak MiB']:,.0f} | {'yes' if s['finite'] else 'NO'} | {described(s)} |"
-        for _, s in sorted(result["steps"].items())
-    )
-    text = "# The first step\n" + (
-        ""
-        if not rows
-        else f"""
-One optimizer step of the large scales on a CPU, each in a fresh process: whether it runs, what it costs, and whether
-losses and parameters are finite afterwards. Nothing is learned here: these scales are for a GPU. Peak memory is that
-of the process, libraries and data included. Threads and version are with each step in `first_steps.json`.
+def row(step):
+    """A line of the table of first steps."""
+    cells = [
+        step["benchmark"],
+        step["method"],
+        step["batch"],
+        f"{step['shared parameters']:,}",
+        f"{step['all parameters']:,}",
+        f"{step['seconds of the step']:.1f}",
+        f"{step['peak MiB']:,.0f}",
+        "yes" if step["finite"] else "NO",
+        described(step),
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
 
-| benchmark/scale | method | batch | shared parameters | all parameters | s | peak MiB | finite | data and network |
+
+def steps_section(steps):
+    rows = "\n".join(row(step) for _, step in sorted(steps.items()))
+    return f"""
+One optimizer step of the large scales on a CPU, each in a fresh process: whether it runs, what \
+it costs, and whether
+losses and parameters are finite afterwards. Nothing is learned here: these scales are for a GPU. \
+Peak memory is that
+of the process, libraries and data included. Threads and version are with each step in \
+`first_steps.json`.
+
+| benchmark/scale | method | batch | shared parameters | all parameters | s | peak MiB | finite | \
+data and network |
 |---|---|---|---|---|---|---|---|---|
 {rows}
 """
-    )
-    ways = result.get("ways")
-    if ways:
-        seconds, ratio, peak = ways["seconds"], ways["times plain"], ways["peak MiB"]
-        lines = "\n".join(
-            f"| {way} | {seconds[way]:.3f} | {ratio[way]:.2f} | {peak[way]:,.0f} |" for way in WAYS
-        )
-        text += f"""
+
+
+def ways_section(ways):
+    lines = []
+    for way in WAYS:
+        seconds = ways["seconds"][way]
+        ratio = ways["times plain"][way]
+        lines.append(f"| {way} | {seconds:.3f} | {ratio:.2f} | {ways['peak MiB'][way]:,.0f} |")
+    rows = "\n".join(lines)
+    return f"""
 ## Ways of running
 
-A step of DB-MTL with three tasks (one forward pass, three backward passes) through six convolutions with batch norm,
-images {ways["sizes"]}, CPU threads: {ways["threads"]}, torch {ways["torch"]}; median of {ways["repetitions"]}
-interleaved repetitions, and what two steps add to the peak memory of a fresh process. `checkpoint` runs the trunk
-forward once more in each of the three backward passes, as a whole, so that its activations are all there again while a
-pass runs: what it saves of the peak is what waits beside them. Ratios of a CPU say little about a GPU.
+A step of DB-MTL with three tasks (one forward pass, three backward passes) through six \
+convolutions with batch norm,
+images {ways["sizes"]}, CPU threads: {ways["threads"]}, torch {ways["torch"]}; \
+median of {ways["repetitions"]}
+interleaved repetitions, and what two steps add to the peak memory of a fresh process. \
+`checkpoint` runs the trunk
+forward once more in each of the three backward passes, as a whole, so that its activations are \
+all there again while a
+pass runs: what it saves of the peak is what waits beside them. Ratios of a CPU say little about \
+a GPU.
 
 | way | s | times plain | peak MiB |
 |---|---|---|---|
-{lines}
+{rows}
 """
+
+
+def markdown(result):
+    text = "# The first step\n"
+    if result["steps"]:
+        text += steps_section(result["steps"])
+    if result.get("ways"):
+        text += ways_section(result["ways"])
     return text + "\nWritten by `ci/benchmarks/first_steps.py`.\n"
 
 
@@ -298,8 +337,8 @@ def main():
     written = options.out / "first_steps.json"
     result = json.loads(written.read_text()) if written.exists() else {"steps": {}}
     for name in options.steps:
-        found = child("--step-of", name, "--method", options.method, threads=options.threads)
-        result["steps"][f"{name} {options.method}"] = found
+        numbers = child("--step-of", name, "--method", options.method, threads=options.threads)
+        result["steps"][f"{name} {options.method}"] = numbers
     if options.ways:
         result["ways"] = measure_ways(options.repetitions, options.threads)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,10 @@
 
     python ci/benchmarks/qm9_nnconv.py [--repetitions 7] [--threads 2] [--out figures/benchmarks]
 
-Forward + backward of one batch, the two forms taking turns; medians and their ratio. Peak memory of each in a
-process of its own, above what the process held before. Then the cost of eleven task gradients by eleven backward
-passes, in units of one forward + backward. Writes qm9_nnconv.json and qm9_nnconv.md.
+Forward + backward of one batch, the two forms taking turns; medians and their ratio. Peak memory of
+each in a process of its own, above what the process held before. Then the cost of eleven task
+gradients by eleven backward passes, in units of one forward + backward. Writes qm9_nnconv.json and
+qm9_nnconv.md.
 """
 
 import argparse
@@ -35,11 +36,10 @@ def setup(form, size, rows=16):
     weights = QM9Network(names).state_dict()
     network = QM9Network(names, reference=form == "reference")
     network.load_state_dict(weights)
-    batch = (
-        graph_batch(molecules, index)
-        if form == "reference"
-        else dense_batch(molecules, index, rows=rows)
-    )
+    if form == "reference":
+        batch = graph_batch(molecules, index)
+    else:
+        batch = dense_batch(molecules, index, rows=rows)
     target = torch.randn(size, len(TASKS), generator=torch.Generator().manual_seed(1))
     return network, batch, target
 
@@ -54,7 +54,8 @@ def forward_backward(network, batch, target):
 
 
 def eleven_gradients(network, batch, target):
-    losses, weights = task_losses(network, batch, target), list(network.trunk.parameters())
+    losses = task_losses(network, batch, target)
+    weights = list(network.trunk.parameters())
     for t, loss in enumerate(losses):
         torch.autograd.grad(loss, weights, retain_graph=t < len(losses) - 1)
 
@@ -74,23 +75,16 @@ def peak_mib(form, size):
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
+def peak_of_a_process(form, size, threads):
+    """`peak_mib` in a process of its own."""
+    command = [sys.executable, __file__, "--peak", form, "--size", str(size)]
+    command += ["--threads", str(threads)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def measure(size, repetitions, threads):
     # memory first: on Linux a new process inherits the peak of the one that starts it
-    memory = {}
-    for form in FORMS:
-        command = [
-            sys.executable,
-            __file__,
-            "--peak",
-            form,
-            "--size",
-            str(size),
-            "--threads",
-            str(threads),
-        ]
-        memory[form] = float(
-            subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        )
+    memory = {form: peak_of_a_process(form, size, threads) for form in FORMS}
     prepared = {form: setup(form, size) for form in FORMS}
     times = {form: [] for form in (*FORMS, "eleven")}
     outputs = [torch.stack(task_losses(*prepared[form])) for form in FORMS]
@@ -121,22 +115,26 @@ def measure(size, repetitions, threads):
 
 
 def markdown(m):
+    seconds = m["seconds"]
+    memory = m["peak MiB"]
     rows = [
-        ("torch-geometric's NNConv", m["seconds"]["reference"], 1.0, m["peak MiB"]["reference"]),
-        ("dense form", m["seconds"]["dense"], m["times faster"], m["peak MiB"]["dense"]),
+        ("torch-geometric's NNConv", seconds["reference"], 1.0, memory["reference"]),
+        ("dense form", seconds["dense"], m["times faster"], memory["dense"]),
     ]
     table = "\n".join(f"| {name} | {s:.3f} | {r:.1f} | {mib:.0f} |" for name, s, r, mib in rows)
     return f"""# QM9: NNConv and its dense form
 
-Forward + backward of {m["molecules"]} molecules ({m["atoms"]:,} atoms, {m["edges"]:,} edges, {m["shared parameters"]:,}
-shared parameters), float32, {m["machine"]}, torch {m["torch"]}; median of {m["repetitions"]} interleaved repetitions.
+Forward + backward of {m["molecules"]} molecules ({m["atoms"]:,} atoms, {m["edges"]:,} edges, \
+{m["shared parameters"]:,}
+shared parameters), float32, {m["machine"]}, torch {m["torch"]}; \
+median of {m["repetitions"]} interleaved repetitions.
 Written by `ci/benchmarks/qm9_nnconv.py`.
 
 | form | seconds | times faster | peak memory, MiB |
 |---|---|---|---|
 {table}
 
-Eleven task gradients of the dense form, one backward pass each: {m["seconds"]["eleven"]:.2f} s,
+Eleven task gradients of the dense form, one backward pass each: {seconds["eleven"]:.2f} s,
 {m["eleven gradients / (forward + backward)"]:.1f} times forward + backward.
 """
 

@@ -10,12 +10,15 @@ __all__ = ['check_results', 'delta_p_per_metric', 'delta_p_per_task', 'delta_p',
 import math
 from typing import NamedTuple
 
+from ..core.checks import check_number, check_whole
+
 # %% ../../nbs/10_experiments/01_metrics.ipynb #15289445
-def _check_names(found, wanted, argument, place=""):
-    "Raise unless `found` has exactly the names of `wanted`."
-    missing, extra = [n for n in wanted if n not in found], [n for n in found if n not in wanted]
+def _check_names(given, names, argument, place=""):
+    "Raise unless `given` has exactly these names."
+    missing = [name for name in names if name not in given]
+    extra = [name for name in given if name not in names]
     if missing:
-        raise ValueError(f"{argument} lacks {missing[0]!r}{place}; it has {sorted(found)}")
+        raise ValueError(f"{argument} lacks {missing[0]!r}{place}; it has {sorted(given)}")
     if extra:
         raise ValueError(f"{argument} has {extra[0]!r}{place}, for which directions has no entry")
 
@@ -56,7 +59,8 @@ def delta_p_per_metric(
     for task, metrics in directions.items():
         changes[task] = {}
         for metric, better in metrics.items():
-            value, base = results[task][metric], baseline[task][metric]
+            value = results[task][metric]
+            base = baseline[task][metric]
             if base <= 0:
                 raise ValueError(f"baseline[{task!r}][{metric!r}] must be positive, got {base!r}")
             sign = 1 if better == "up" else -1
@@ -108,8 +112,11 @@ def worst_task(
 # %% ../../nbs/10_experiments/01_metrics.ipynb #e2468918
 def _ranks(values, better):
     "Ranks from 1, best first; equal values get the mean of the ranks they cover."
-    ahead = [sum(o > v if better == "up" else o < v for o in values) for v in values]
-    return [before + (values.count(v) + 1) / 2 for v, before in zip(values, ahead, strict=True)]
+    ranks = []
+    for value in values:
+        ahead = sum(other > value if better == "up" else other < value for other in values)
+        ranks.append(ahead + (values.count(value) + 1) / 2)
+    return ranks
 
 # %% ../../nbs/10_experiments/01_metrics.ipynb #aa060d91
 def mean_rank(
@@ -125,17 +132,21 @@ def mean_rank(
             values = [results[task][metric] for results in table.values()]
             for method, rank in zip(table, _ranks(values, better), strict=True):
                 ranks[method].append(rank)
-    return {method: sum(own) / len(own) for method, own in ranks.items()}
+    return {method: sum(of_metrics) / len(of_metrics) for method, of_metrics in ranks.items()}
 
 # %% ../../nbs/10_experiments/01_metrics.ipynb #6c4af3fd
 def _central_probability(theta, degrees):
     "P(|t| <= sqrt(degrees) tan(theta)) of Student's t, by the finite sum for whole degrees."
-    cos2, odd = math.cos(theta) ** 2, degrees % 2
-    term, total = (math.cos(theta), 0.0) if odd else (1.0, 0.0)
-    for k in range(2 + odd, degrees + 1, 2):
+    is_odd = degrees % 2
+    cos_squared = math.cos(theta) ** 2
+    term = math.cos(theta) if is_odd else 1.0
+    total = 0.0
+    for k in range(2 + is_odd, degrees + 1, 2):
         total += term
-        term *= cos2 * (k - 1) / k
-    return 2 / math.pi * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total
+        term *= cos_squared * (k - 1) / k
+    if is_odd:
+        return 2 / math.pi * (theta + math.sin(theta) * total)
+    return math.sin(theta) * total
 
 # %% ../../nbs/10_experiments/01_metrics.ipynb #2a26fc11
 def student_t(
@@ -143,18 +154,16 @@ def student_t(
     degrees: int,  # degrees of freedom, 1 or more
 ) -> float:
     "The t for which Student's distribution lies in [-t, t] with probability `level`."
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, got {level!r}")
-    if degrees != int(degrees) or degrees < 1:
-        raise ValueError(f"degrees must be a whole number from 1, got {degrees!r}")
-    low, high = 0.0, math.pi / 2
-    for _ in range(
-        100
-    ):  # bisection: the probability grows with the angle; 2^-100 is below rounding
+    check_number("level", level, above=0, below=1)
+    check_whole("degrees", degrees)
+    low = 0.0
+    high = math.pi / 2
+    for _ in range(100):  # the probability grows with the angle; 2^-100 is below rounding
         middle = (low + high) / 2
-        low, high = (
-            (middle, high) if _central_probability(middle, degrees) < level else (low, middle)
-        )
+        if _central_probability(middle, degrees) < level:
+            low = middle
+        else:
+            high = middle
     return math.sqrt(degrees) * math.tan(low)
 
 # %% ../../nbs/10_experiments/01_metrics.ipynb #1c0e3121
@@ -187,7 +196,8 @@ def interval(
         raise ValueError(f"values must hold two numbers or more for an interval, got {len(values)}")
     if not all(map(math.isfinite, values)):
         raise ValueError(f"values must be finite, got {values}")
-    count, mean = len(values), math.fsum(values) / len(values)
+    count = len(values)
+    mean = math.fsum(values) / count
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
     half = student_t(level, count - 1) * math.sqrt(variance / count)
     return Interval(mean, mean - half, mean + half, count)
@@ -199,10 +209,10 @@ def paired_difference(
     level: float = 0.95,  # probability of the interval
 ) -> Interval:
     "Student's t interval of the mean of `first[seed] - second[seed]`."
-    alone = sorted(set(first) ^ set(second), key=str)
-    if alone:
+    unpaired = sorted(set(first) ^ set(second), key=str)
+    if unpaired:
         raise ValueError(
-            f"first and second must have the same seeds; {alone} are in one of them only"
+            f"first and second must have the same seeds; {unpaired} are in one of them only"
         )
     return interval([first[seed] - second[seed] for seed in first], level)
 
@@ -219,14 +229,15 @@ def delta_p_interval(
     check_results(baseline_half, directions, "baseline_half")
     extremes = []
     for side in (-1, 1):  # the worst and the best corner of every metric
-        shifted, base = {}, {}
+        shifted = {}
+        base = {}
         for task, metrics in directions.items():
-            shifted[task], base[task] = {}, {}
+            shifted[task] = {}
+            base[task] = {}
             for metric, better in metrics.items():
                 up = side if better == "up" else -side
-                value = shifted[task][metric] = (
-                    results[task][metric] + up * results_half[task][metric]
-                )
+                value = results[task][metric] + up * results_half[task][metric]
+                shifted[task][metric] = value
                 # more baseline lowers value / baseline, unless value is negative
                 down = -up if value >= 0 else up
                 base[task][metric] = baseline[task][metric] + down * baseline_half[task][metric]
@@ -235,21 +246,32 @@ def delta_p_interval(
 
 # %% ../../nbs/10_experiments/01_metrics.ipynb #70623af0
 def improvements(
-    rows: list,  # an epoch each: {"train": ..., "validation": {task: {metric: value}} or None, "test": ...}
+    rows: list,  # an epoch each: {"validation": {task: {metric: value}} or None, "test": ...}
     directions: dict,  # {task: {metric: "up" or "down"}}
 ) -> list:  # percent, by epoch; 0 for the first
     "Delta_p on validation (on test where there is none) relative to the first epoch."
-    split = "test" if rows[0]["validation"] is None else "validation"
+    split = _selection_split(rows)
     first = rows[0][split]
-    usable = {t: {m: directions[t][m] for m, v in first[t].items() if v > 0} for t in first}
-    usable = {t: metrics for t, metrics in usable.items() if metrics}
+    usable = {}
+    for task, metrics in first.items():
+        positive = {metric: directions[task][metric] for metric in metrics if metrics[metric] > 0}
+        if positive:
+            usable[task] = positive
     if not usable:
         return [0.0 for _ in rows]
 
     def pick(values):
-        return {t: {m: values[t][m] for m in metrics} for t, metrics in usable.items()}
+        return {
+            task: {metric: values[task][metric] for metric in metrics}
+            for task, metrics in usable.items()
+        }
 
     return [delta_p(pick(row[split]), pick(first), usable) for row in rows]
+
+
+def _selection_split(rows) -> str:
+    "What the epoch is selected on."
+    return "test" if rows[0]["validation"] is None else "validation"
 
 # %% ../../nbs/10_experiments/01_metrics.ipynb #d3fd4a9e
 def select(
@@ -257,24 +279,32 @@ def select(
     directions: dict,
 ) -> dict:  # {label: {"epoch" or "epochs", ..., "test": {task: {metric: value}}}}
     "Both selection protocols; STL networks choose their epochs one by one."
-    best, last = (
-        {"epoch": {}, "delta_p": {}, "test": {}},
-        {"epochs": 0, "test": {}, "validation": {}},
-    )
+    best = {"epoch": {}, "delta_p_over_first_epoch": {}, "test": {}}
+    last = {"epochs": 0, "test": {}, "validation": {}}
     for rows in parts:
         gains = improvements(rows, directions)
         epoch = max(range(len(rows)), key=gains.__getitem__)
+        for task in rows[0]["test"]:
+            best["epoch"][task] = epoch + 1
+            best["delta_p_over_first_epoch"][task] = gains[epoch]
+            best["test"][task] = rows[epoch]["test"][task]
+
         tail = rows[-10:]
         last["epochs"] = len(tail)
-        for task in rows[0]["test"]:
-            best["epoch"][task], best["delta_p"][task] = epoch + 1, gains[epoch]
-            best["test"][task] = rows[epoch]["test"][task]
-            for split in ("test", "validation") if rows[0]["validation"] is not None else ("test",):
-                last[split][task] = {
-                    m: sum(r[split][task][m] for r in tail) / len(tail)
-                    for m in tail[0][split][task]
-                }
-    if len(parts) == 1:
-        best |= {key: next(iter(best[key].values())) for key in ("epoch", "delta_p")}
-    on = "test" if parts[0][0]["validation"] is None else "validation"
-    return {f"best {on} epoch": best, "average of the last ten epochs": last}
+        has_validation = rows[0]["validation"] is not None
+        for split in ("test", "validation") if has_validation else ("test",):
+            for task in rows[0][split]:
+                last[split][task] = _mean_metrics([row[split][task] for row in tail])
+
+    if len(parts) == 1:  # one network: one epoch for all its tasks
+        for key in ("epoch", "delta_p_over_first_epoch"):
+            best[key] = next(iter(best[key].values()))
+    return {
+        f"best {_selection_split(parts[0])} epoch": best,
+        "average of the last ten epochs": last,
+    }
+
+
+def _mean_metrics(rows: list) -> dict:
+    "The mean of each metric over rows of {metric: value}."
+    return {metric: sum(row[metric] for row in rows) / len(rows) for metric in rows[0]}

@@ -4,39 +4,35 @@
 
 # %% auto #0
 __all__ = ['project_root', 'runs_folder', 'figures_folder', 'configuration', 'run_identity', 'round_numbers', 'encode_record',
-           'thin', 'record_path', 'write_record', 'read_record', 'read_records', 'find_record', 'source_hash',
-           'module_sources', 'code_modules', 'fingerprint', 'is_stale', 'commit', 'environment', 'selected',
-           'above_floor']
+           'thin', 'record_path', 'write_record', 'read_record', 'read_records', 'find_record', 'commit', 'environment',
+           'selected', 'above_floor']
 
 # %% ../../nbs/10_experiments/02_records.ipynb #995eb67f
-import ast
-import functools
 import hashlib
 import importlib
-import importlib.util
-import io
 import json
 import math
 import os
 import platform
 import re
 import subprocess
-import tokenize
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from ..benchmarks.base import benchmark_module, get_benchmark
+from ..benchmarks.base import get_benchmark
 from ..core.checks import unknown_name
 from ..core.files import write_atomically
-from ..registry import make_balancer
 
 # %% ../../nbs/10_experiments/02_records.ipynb #f5e6d4e7
 def project_root(
     start=None,  # folder to start from; the working directory if None
 ) -> Path:
-    "The folder that records and figures belong to: DBMTL_OUT, or the nearest one above with dbmtl's settings.ini."
+    """The folder that records and figures belong to.
+
+    DBMTL_OUT, or the nearest folder above with dbmtl's settings.ini; FileNotFoundError without.
+    """
     if os.environ.get("DBMTL_OUT"):
         return Path(os.environ["DBMTL_OUT"])
     start = Path(start or Path.cwd()).resolve()
@@ -45,7 +41,8 @@ def project_root(
         if settings.is_file() and "lib_name = dbmtl" in settings.read_text():
             return folder
     raise FileNotFoundError(
-        f"no settings.ini of dbmtl in {start} or above: run inside the project, give --out, or set DBMTL_OUT"
+        f"no settings.ini of dbmtl in {start} or above: "
+        "run inside the project, give --out, or set DBMTL_OUT"
     )
 
 # %% ../../nbs/10_experiments/02_records.ipynb #a6590248
@@ -69,7 +66,7 @@ def configuration(
     "What decides a run's numbers, as plain JSON values."
     benchmark = get_benchmark(benchmark)
     config = {
-        "protocol": _protocol,
+        "protocol": _PROTOCOL,
         "benchmark": benchmark.name,
         "method": method,
         "hyper": hyper or {},
@@ -84,7 +81,7 @@ def configuration(
         ) from error
 
 
-_protocol = 1
+_PROTOCOL = 1  # of the training loop
 
 
 def _canonical(value) -> str:
@@ -103,11 +100,11 @@ def round_numbers(
     value,  # nested dicts and lists
     digits: int = 6,  # significant digits
 ):
-    "The same with every float rounded; a float that is not finite becomes None, which JSON can hold."
+    "The same with every float rounded; one that is not finite becomes None, which JSON can hold."
     if isinstance(value, dict):
-        return {str(k): round_numbers(v, digits) for k, v in value.items()}
+        return {str(key): round_numbers(entry, digits) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [round_numbers(v, digits) for v in value]
+        return [round_numbers(entry, digits) for entry in value]
     if isinstance(value, float):
         return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return value
@@ -115,43 +112,45 @@ def round_numbers(
 # %% ../../nbs/10_experiments/02_records.ipynb #604ac88c
 def encode_record(record: dict) -> bytes:
     "JSON with one line a field, so that a change can be read in git."
-    lines = ",\n".join(
-        f"{json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in record.items()
-    )
-    return f"{{\n{lines}\n}}\n".encode()
+    lines = [
+        f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}"
+        for name, value in record.items()
+    ]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 # %% ../../nbs/10_experiments/02_records.ipynb #c1e1cb23
 def _longest(columns) -> int:
+    "The length of the longest list in nested dictionaries."
     if isinstance(columns, dict):
         return max(map(_longest, columns.values()), default=0)
     return len(columns or [])
 
 
-def _pick(columns, keep):
+def _pick(columns, positions):
+    "The same nested dictionaries, their lists reduced to these positions."
     if isinstance(columns, dict):
-        return {name: _pick(column, keep) for name, column in columns.items()}
-    return [columns[i] for i in keep if i < len(columns)]
+        return {name: _pick(column, positions) for name, column in columns.items()}
+    return [columns[position] for position in positions if position < len(columns)]
 
 
 def _epochs_to_keep(record, stride) -> list:
-    last = _longest(record.get("curves"))
-    chosen = set(range(0, last, stride)) | set(range(max(0, last - 10), last))
+    "Positions in the curves: every stride-th, the last ten, and the selected ones."
+    count = _longest(record.get("curves"))
+    positions = {*range(0, count, stride), *range(max(0, count - 10), count)}
     for selection in (record.get("selected") or {}).values():
-        epochs = selection.get("epoch")
-        chosen |= {
-            e - 1
-            for e in (epochs.values() if isinstance(epochs, dict) else [epochs])
-            if isinstance(e, int)
-        }
-    return sorted(chosen)
+        epoch = selection.get("epoch")
+        epochs = epoch.values() if isinstance(epoch, dict) else [epoch]  # STL has one a task
+        positions |= {epoch - 1 for epoch in epochs if isinstance(epoch, int)}
+    return sorted(positions)
 
 # %% ../../nbs/10_experiments/02_records.ipynb #778933f9
 def thin(
     record: dict,
     limit: int = 60_000,  # bytes
 ) -> dict:  # a copy that fits, with "thinned": {"curves": stride, "monitors": stride}
-    "Leave out epochs and monitored steps until the record fits; raises ValueError where that is not enough."
-    curves, monitors = record.get("curves") or {}, record.get("monitors") or {}
+    "Leave out epochs and monitored steps until the record fits; ValueError if it never does."
+    curves = record.get("curves") or {}
+    monitors = record.get("monitors") or {}
     strides = {"curves": 1, "monitors": 1}
     small = record | {"thinned": strides}
     while len(encode_record(small)) > limit:
@@ -177,8 +176,15 @@ def record_path(
     identity: str,
 ) -> Path:
     "The file of a run."
-    names = config["benchmark"], config["scale"]["name"], config["method"]
-    name = "-".join([*names, f"s{config['seed']}", identity[:8]])
+    name = "-".join(
+        [
+            config["benchmark"],
+            config["scale"]["name"],
+            config["method"],
+            f"s{config['seed']}",
+            identity[:8],
+        ]
+    )
     return Path(folder) / (re.sub(r"[^A-Za-z0-9.+-]", "_", name) + ".json")
 
 # %% ../../nbs/10_experiments/02_records.ipynb #b1dd1a3d
@@ -188,20 +194,20 @@ def write_record(
 ) -> Path:
     "Round, thin and write a record atomically; returns the file."
     path = record_path(folder, record["config"], record["identity"])
-    rounded = round_numbers(record) | {
-        "config": record["config"]
-    }  # the identity is that of all digits
+    rounded = round_numbers(record)
+    rounded["config"] = record["config"]  # the identity is that of all digits
     write_atomically(path, encode_record(thin(rounded)))
     return path
 
 # %% ../../nbs/10_experiments/02_records.ipynb #59c50960
 def read_record(path) -> dict:
     "One record; raises ValueError naming the file where it is damaged."
+    states = ("finished", "diverged", "failed")
     try:
         record = json.loads(Path(path).read_text())
         if record["identity"] != run_identity(record["config"], record["data"]["hash"]):
             raise ValueError("its identity is not that of its configuration and data")
-        if record["state"] not in ("finished", "diverged", "failed"):
+        if record["state"] not in states:
             raise ValueError(f"unknown state {record['state']!r}")
     except (ValueError, KeyError, TypeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
@@ -217,23 +223,23 @@ def read_records(
 ) -> list[dict]:  # sorted by benchmark, scale, method, seed
     "The records of a folder that pass all filters; none if there is no such folder."
     for name in filters:
-        if name not in _filters:
-            raise unknown_name("filter", name, _filters)
-    wanted = {k: v if isinstance(v, (list, tuple, set)) else [v] for k, v in filters.items()}
+        if name not in _FILTERS:
+            raise unknown_name("filter", name, _FILTERS)
     records = [read_record(path) for path in sorted(Path(folder).glob("*.json"))]
-    found = [r for r in records if all(_filters[k](r) in v for k, v in wanted.items())]
-    return sorted(
-        found, key=lambda r: [_filters[k](r) for k in ("benchmark", "scale", "method", "seed")]
-    )
+    for name, value in filters.items():
+        values = value if isinstance(value, (list, tuple, set)) else [value]
+        records = [record for record in records if _FILTERS[name](record) in values]
+    order = ("benchmark", "scale", "method", "seed")
+    return sorted(records, key=lambda record: [_FILTERS[name](record) for name in order])
 
 
-_filters = {
-    "benchmark": lambda r: r["config"]["benchmark"],
-    "method": lambda r: r["config"]["method"],
-    "scale": lambda r: r["config"]["scale"]["name"],
-    "seed": lambda r: r["config"]["seed"],
-    "hyper": lambda r: r["config"]["hyper"],
-    "state": lambda r: r["state"],
+_FILTERS = {
+    "benchmark": lambda record: record["config"]["benchmark"],
+    "method": lambda record: record["config"]["method"],
+    "scale": lambda record: record["config"]["scale"]["name"],
+    "seed": lambda record: record["config"]["seed"],
+    "hyper": lambda record: record["config"]["hyper"],
+    "state": lambda record: record["state"],
 }
 
 # %% ../../nbs/10_experiments/02_records.ipynb #498076e4
@@ -244,136 +250,54 @@ def find_record(
 ) -> dict | None:
     "The record of this very configuration, or None."
     folder = runs_folder(config["scale"]["name"]) if folder is None else folder
-    pattern = record_path(folder, config, "x" * 8).name.replace("x" * 8, "*")
+    beginning = "x" * 8  # of the identity, which depends on the data
+    pattern = record_path(folder, config, beginning).name.replace(beginning, "*")
     for path in sorted(Path(folder).glob(pattern)):
         record = read_record(path)
         if record["config"] == config and data_hash in (None, record["data"]["hash"]):
             return record
     return None
 
-# %% ../../nbs/10_experiments/02_records.ipynb #89e622fa
-@functools.lru_cache(maxsize=256)
-def source_hash(source: str) -> str:  # 12 hexadecimal digits
-    "The hash of Python source without comments, docstrings and blank lines."
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]]
-    for node in ast.walk(ast.parse(source)):
-        body = getattr(node, "body", None)
-        if not isinstance(body, list) or not body or not isinstance(body[0], ast.Expr):
-            continue
-        if isinstance(getattr(body[0].value, "value", None), str):
-            for n in range(body[0].lineno, body[0].end_lineno + 1):
-                lines[n - 1] = ""
-    text = "\n".join(line.rstrip() for line in lines if line.strip())
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-# %% ../../nbs/10_experiments/02_records.ipynb #9447c948
-def module_sources(
-    modules,  # names like "dbmtl.experiments.train"
-    skip=("dbmtl", "dbmtl.registry", "dbmtl.experiments.records"),
-) -> dict:  # {module: hash of its source}
-    "The hashes of these modules and of all that they import from dbmtl."
-    folder, hashes, waiting = (
-        Path(importlib.util.find_spec("dbmtl").origin).parent,
-        {},
-        set(modules),
-    )
-    while waiting:
-        name = waiting.pop()
-        path = folder / (name.removeprefix("dbmtl.").replace(".", "/") + ".py")
-        if name in skip or name in hashes or not name.startswith("dbmtl.") or not path.is_file():
-            continue
-        source = path.read_text()
-        hashes[name] = source_hash(source)
-        waiting |= {
-            "dbmtl." + found
-            for found in re.findall(r"^\s*from (?:dbmtl)?\.(\w+) import", source, re.M)
-        }
-    return dict(sorted(hashes.items()))
-
-# %% ../../nbs/10_experiments/02_records.ipynb #432623f8
-def code_modules(
-    benchmark: str,  # name
-    method: str,  # name; STL trains as equal weighting of one task
-    hyper: dict | None = None,
-) -> dict:  # {module: hash, "repr": the balancer's}
-    "What a run's numbers depend on, as hashes."
-    tasks = (
-        1
-        if method == "STL"
-        else len(get_benchmark(benchmark).tasks)
-        if benchmark_module(benchmark)
-        else 2
-    )
-    name = "EW" if method == "STL" else method
-    with torch.random.fork_rng(devices=[]):  # a method may draw its seed
-        balancer = make_balancer(
-            name, shared=torch.nn.Linear(1, 1), num_tasks=tasks, **(hyper or {})
-        )
-    parts = [balancer, balancer.ema, *balancer.transform.modules(), *balancer.aggregator.modules()]
-    sources = module_sources(
-        {type(part).__module__ for part in parts}
-        | {"dbmtl.experiments.train", benchmark_module(benchmark)}
-    )
-    return sources | {"repr": hashlib.sha256(repr(balancer).encode()).hexdigest()[:12]}
-
-# %% ../../nbs/10_experiments/02_records.ipynb #1ebeb8dd
-def fingerprint(modules: dict) -> str:  # 12 hexadecimal digits
-    "One hash for all the code of a run."
-    return hashlib.sha256(_canonical(modules).encode()).hexdigest()[:12]
-
-# %% ../../nbs/10_experiments/02_records.ipynb #36283038
-def is_stale(record: dict) -> bool:
-    "Was the record made by other code than the present one?"
-    config = record["config"]
-    return record["code"] != fingerprint(
-        code_modules(config["benchmark"], config["method"], config["hyper"])
-    )
-
 # %% ../../nbs/10_experiments/02_records.ipynb #f34d350c
 def commit() -> str | None:
-    "The project's commit, with -dirty where the code in dbmtl is not that of it; None where git does not know."
+    """The project's commit, with -dirty where the code in dbmtl is not that of it.
 
-    def git(*words):
-        options = {
-            "cwd": project_root(),
-            "capture_output": True,
-            "text": True,
-            "timeout": 20,
-            "check": True,
-        }
-        return subprocess.run(["git", *words], **options).stdout.strip()
-
+    None where git does not know.
+    """
     try:
-        changed = git("status", "--porcelain", "--", "dbmtl")
-        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+        changes = _git("status", "--porcelain", "--", "dbmtl")
+        return _git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git(*words) -> str:
+    options = {"capture_output": True, "text": True, "timeout": 20, "check": True}
+    return subprocess.run(["git", *words], cwd=project_root(), **options).stdout.strip()
 
 # %% ../../nbs/10_experiments/02_records.ipynb #f72d9baa
 def _processor() -> str:
     try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
-        found = None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+        match = None
+    if match:
+        return match.group(1).strip()
+    return platform.processor() or platform.machine()
 
 
 def environment(device="cpu") -> dict:
     "Commit, device, versions and threads, for the record."
     device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     versions = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "dbmtl": getattr(importlib.import_module("dbmtl"), "__version__", None),
     }
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    named = f"{device.type}: {name}"
     return {
         "commit": commit(),
-        "device": named,
+        "device": f"{device.type}: {name}",
         "versions": versions,
         "threads": torch.get_num_threads(),
     }
@@ -381,17 +305,18 @@ def environment(device="cpu") -> dict:
 # %% ../../nbs/10_experiments/02_records.ipynb #bea3b302
 def selected(
     record: dict,
-    protocol: str = "best",  # "best" (epoch, on validation where there is one) or "last ten" (average)
+    protocol: str = "best",  # "best" epoch, on validation if there is one; or average of "last ten"
 ) -> dict:  # {task: {metric: value}}
     "A record's test metrics under one selection protocol."
-    start = {"best": "best", "last ten": "average"}.get(protocol)
-    if start is None:
-        raise unknown_name("protocol", protocol, ["best", "last ten"])
+    starts = {"best": "best", "last ten": "average"}  # of the labels
+    if protocol not in starts:
+        raise unknown_name("protocol", protocol, starts)
     for label, selection in (record.get("selected") or {}).items():
-        if label.startswith(start):
+        if label.startswith(starts[protocol]):
             return selection["test"]
     raise ValueError(
-        f"nothing is selected in a record of state {record.get('state')!r}: only finished runs count"
+        f"nothing is selected in a record of state {record.get('state')!r}: "
+        "only finished runs count"
     )
 
 # %% ../../nbs/10_experiments/02_records.ipynb #35e24be0
@@ -402,9 +327,12 @@ def above_floor(
 ) -> dict:  # {task: bool}
     "Which tasks are clearly better than the trivial predictor on the test split."
     test = selected(record, protocol)
-    gains = {}
+    is_above = {}
     for task, floors in record["floors"]["test"].items():
-        signs = {m: 1 if better == "up" else -1 for m, better in record["directions"][task].items()}
-        relative = [signs[m] * (test[task][m] - f) / (abs(f) or 1e-12) for m, f in floors.items()]
-        gains[task] = sum(relative) / len(relative) > margin
-    return gains
+        gains = []
+        for metric, floor in floors.items():
+            sign = 1 if record["directions"][task][metric] == "up" else -1
+            scale = abs(floor) or 1e-12  # a floor of zero, as of an accuracy
+            gains.append(sign * (test[task][metric] - floor) / scale)
+        is_above[task] = sum(gains) / len(gains) > margin
+    return is_above

@@ -15,16 +15,16 @@ from pathlib import Path
 
 from ..benchmarks.base import get_benchmark
 from ..core.files import write_atomically
+from ..experiments.labels import label_of
 from ..experiments.metrics import Interval, delta_p, delta_p_per_task, interval, mean_rank
 from dbmtl.experiments.records import (
     above_floor,
     configuration,
-    is_stale,
     read_records,
     runs_folder,
     selected,
 )
-from ..experiments.run import label_of
+from ..experiments.replay import is_current
 from ..registry import method_names
 from .style import write_rows
 
@@ -415,13 +415,8 @@ def _span(values):
 
 
 def _stale(records):
-    "The methods with a record of older code; the present code of each method is looked up once."
-    known = {}
-    for record in records:
-        config = record["config"]
-        if "code" in record:
-            known.setdefault((config["method"], repr(config["hyper"]), record["code"]), record)
-    return sorted({label_of(record) for record in known.values() if is_stale(record)})
+    "The methods with a record that today's code does not replay."
+    return sorted({label_of(record) for record in records if is_current(record) is False})
 
 # %% ../../nbs/11_report/03_comparison.ipynb #52dff2a4
 def number(

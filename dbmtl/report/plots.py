@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.files import write_atomically
-from ..experiments.run import label_of
+from ..experiments.labels import label_of
 from .comparison import describe_runs, estimate
 from .style import method_style, printed_name, seed_band
 

@@ -11,9 +11,10 @@ import textwrap
 from dataclasses import dataclass
 
 from ..benchmarks.base import get_benchmark
+from ..experiments.labels import label_of, split_methods
 from ..experiments.metrics import delta_p_per_task, worst_task
 from ..experiments.records import figures_folder, project_root
-from ..experiments.run import label_of, run_all, split_methods
+from ..experiments.run import run_all
 from ..registry import method_names
 from dbmtl.report.comparison import (
     delta_p_by_seed,

@@ -8,8 +8,8 @@ import torch
 
 from dbmtl.benchmarks.base import Scale, get_benchmark
 from dbmtl.benchmarks.cityscapes import data_hash, load, make_network
+from dbmtl.experiments.loop import Loop
 from dbmtl.experiments.run import run_all
-from dbmtl.experiments.train import Loop
 from dbmtl.report.paper import paper_directions, paper_table
 
 BENCHMARK = get_benchmark("cityscapes")

@@ -24,7 +24,9 @@ from dbmtl.benchmarks.nyuv2 import (
 )
 from dbmtl.core.files import data_folder
 from dbmtl.data.augmentation import DenseSplit
-from dbmtl.experiments.train import Loop, epoch_steps, train
+from dbmtl.experiments.loop import Loop
+from dbmtl.experiments.step import epoch_steps
+from dbmtl.experiments.train import train
 from dbmtl.models.precision import efficient
 from dbmtl.models.segnet import SegNet
 from dbmtl.report.paper import paper_directions

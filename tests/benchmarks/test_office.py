@@ -22,7 +22,8 @@ from dbmtl.benchmarks.office import (
 )
 from dbmtl.data import office as office_data
 from dbmtl.data.office import DOMAINS, class_names
-from dbmtl.experiments.train import epoch_steps, evaluate, train
+from dbmtl.experiments.step import epoch_steps, evaluate
+from dbmtl.experiments.train import train
 from dbmtl.registry import make_balancer
 from dbmtl.report.paper import paper_directions
 

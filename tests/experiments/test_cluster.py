@@ -1,4 +1,4 @@
-"""Sweeps on a cluster: what is sent again, what is not, and a real local Ray and Dask cluster that loses a worker."""
+"""Sweeps on a cluster: what is sent again, and real local clusters that lose a worker."""
 
 import contextlib
 import fcntl
@@ -42,7 +42,7 @@ TOY = ["--benchmark", "toy", "--methods", "EW", "--seeds", "0", "--scale"]
 
 
 class Script:
-    """A back end without workers: each run's outcomes in order; None never ends, unless the sign is gone."""
+    """A back end without workers: each run's outcomes in order; None ends when the sign is gone."""
 
     def __init__(self, outcomes, begun=True):
         self.outcomes, self.begun, self.sent, self.cancelled, self.most, self.open = (
@@ -86,7 +86,7 @@ def swept(script, folder, **options):
     )
 
 
-# ------------------------------------------------------------------------------------------------------ sent again
+# --------------------------------------------------------------------------------------- sent again
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_at_most_so_many_at_a_time(tmp_path):
         assert len(swept(script, tmp_path, jobs=jobs)) == 5 and script.most == most
 
 
-# ---------------------------------------------------------------------------------------------------------- stopping
+# ----------------------------------------------------------------------------------------- stopping
 
 
 @pytest.mark.parametrize("why", ["stop", "time"])
@@ -200,7 +200,7 @@ def test_the_sign_changes_while_the_sweep_lives_and_tells_the_time_left(tmp_path
     assert [left for _, left in signs] == [50.0] * 5 and len({count for count, _ in signs}) == 5
 
 
-# ----------------------------------------------------------------------------------------------------- on the worker
+# ------------------------------------------------------------------------------------ on the worker
 
 
 def give(folder, left=None):
@@ -231,10 +231,11 @@ def test_a_run_whose_sweep_is_gone_stops_at_a_checkpoint(tmp_path):
 
 @pytest.fixture
 def program(tmp_path, monkeypatch):
-    """A stand-in for Python, which writes down its command line; lines of shell can be added to it."""
+    """A stand-in for Python, which writes down its command line; lines of shell can be added."""
     path = tmp_path / "python"
     path.write_text(
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/told\necho $DBMTL_DATA $OMP_NUM_THREADS >> {tmp_path}/told\n'
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n'
+        f"echo $DBMTL_DATA $OMP_NUM_THREADS >> {tmp_path}/told\n"
     )
     path.chmod(0o755)
     monkeypatch.setattr(module.sys, "executable", str(path))
@@ -314,17 +315,21 @@ def test_a_repeated_fresh_run_goes_on_where_its_first_attempt_was(tmp_path):
 
 
 def test_the_worker_needs_no_framework_and_the_command_no_cluster():
-    code = "import sys, dbmtl.experiments.cluster; print({'torch', 'numpy'} & set(sys.modules))\nimport dbmtl.experiments.run\n"
-    code += "print({'ray', 'dask', 'distributed'} & set(sys.modules))"
+    code = (
+        "import sys, dbmtl.experiments.cluster\n"
+        "print({'torch', 'numpy'} & set(sys.modules))\n"
+        "import dbmtl.experiments.run\n"
+        "print({'ray', 'dask', 'distributed'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["set()", "set()"], done.stderr
 
 
-# ---------------------------------------------------------------------------------------------------------- run_all
+# ------------------------------------------------------------------------------------------ run_all
 
 
 class Threads:
-    """Two workers that are threads; the runs whose numbers are in `lost` are lost once, after they have ended."""
+    """Two workers that are threads; the runs in `lost` are lost once, after they have ended."""
 
     def __init__(self, lost=()):
         self.pool, self.lost, self.names, self.closed = ThreadPoolExecutor(2), set(lost), {}, False
@@ -433,16 +438,18 @@ def test_unknown_clusters_and_missing_packages_are_told_before_training(
     assert message in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- real clusters
+# ------------------------------------------------------------------------------------ real clusters
 
-# Every Python of the cluster reads this: runs become slow, and write down each step, checkpoint and record.
+# Every Python of the cluster reads this: runs become slow, and write down what they do.
 SITE = """
 import os, sys
 if "dbmtl.run" in sys.orig_argv and "--parent" in sys.orig_argv:
     import time
     from dbmtl.experiments import train
     log = os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    def note(kind, run): os.write(log, f"{{os.getpid()}} {{kind}} {{run.identity}} {{run.step}}\\n".encode())
+    def note(kind, run):
+        line = f"{{os.getpid()}} {{kind}} {{run.identity}} {{run.step}}\\n"
+        os.write(log, line.encode())
     advance, state_dict, make_record = train.Run.advance, train.Run.state_dict, train.make_record
     def slow(run):
         time.sleep(0.25)
@@ -459,7 +466,7 @@ if "dbmtl.run" in sys.orig_argv and "--parent" in sys.orig_argv:
 
 
 def need(*packages):
-    """Skip without the packages; but fail where ci/setup.sh made the environment, or CI says that it is CI."""
+    """Skip without the packages; but fail where ci/setup.sh made the environment, or on CI."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing and (os.environ.get("CI") or (Path(sys.prefix) / ".dbmtl-setup").exists()):
         pytest.fail(f"{', '.join(missing)} belong to the extra dev, and are missing")
@@ -483,7 +490,7 @@ def until(condition, seconds=300):
 
 @contextlib.contextmanager
 def processes(environment):
-    """A function that starts a process whose output goes to a file; all of them end with the context."""
+    """A function that starts a process whose output goes to a file; all end with the context."""
     started = []
 
     def start(output, *words):
@@ -575,7 +582,8 @@ def dask_cluster(folder, environment):
 
 def sweep(name, out, environment):
     """The command, at work on three runs."""
-    words = f"--benchmark toy --methods EW --seeds 0,1,2 --checkpoint-seconds 0.5 --cluster {name} --out"
+    words = "--benchmark toy --methods EW --seeds 0,1,2 --checkpoint-seconds 0.5"
+    words += f" --cluster {name} --out"
     line = [sys.executable, "-m", "dbmtl.run", *words.split(), str(out)]
     return subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -597,7 +605,8 @@ def test_a_real_cluster_is_stopped_continued_and_loses_a_worker(name, tmp_path):
     plain = os.environ | {"OMP_NUM_THREADS": "1"}
     plain.pop("RAY_ADDRESS", None), plain.pop("DASK_SCHEDULER_ADDRESS", None)
     make = {"ray": ray_cluster, "dask": dask_cluster}[name]
-    with make(tmp_path, plain | {"PYTHONPATH": str(site)}) as found:
+    paths = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with make(tmp_path, plain | {"PYTHONPATH": paths}) as found:
         process = sweep(name, out, plain | found)
         until(
             lambda: (

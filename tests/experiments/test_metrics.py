@@ -16,9 +16,11 @@ from dbmtl.experiments.metrics import (
     delta_p_interval,
     delta_p_per_metric,
     delta_p_per_task,
+    improvements,
     interval,
     mean_rank,
     paired_difference,
+    select,
     student_t,
     worst_task,
 )
@@ -176,7 +178,8 @@ def test_check_results_names_its_argument():
 
 def test_mean_rank_by_hand_with_ties():
     table = {"a": STL, "b": OURS, "c": STL}
-    # mIoU: b 1, a and c share 2 and 3; PAcc: a and c share 1 and 2, b 3; AErr: b 1, a and c share 2 and 3
+    # mIoU: b 1, a and c share 2 and 3; PAcc: a and c share 1 and 2, b 3;
+    # AErr: b 1, a and c share 2 and 3
     assert mean_rank(table, WAYS) == {
         "a": pytest.approx((2.5 + 1.5 + 2.5) / 3),
         "b": pytest.approx((1 + 3 + 1) / 3),
@@ -207,7 +210,7 @@ def test_student_t_agrees_with_scipy(level, degrees):
 @pytest.mark.parametrize(
     ("level", "degrees", "message"),
     [
-        (0, 2, "level must lie between 0 and 1, got 0"),
+        (0, 2, "level must be a finite number above 0 and below 1, got 0"),
         (1.0, 2, "got 1.0"),
         (0.95, 0, "degrees must be a whole number from 1, got 0"),
         (0.95, 1.5, "got 1.5"),
@@ -309,3 +312,67 @@ def test_delta_p_interval_refuses_a_baseline_that_may_be_zero():
         delta_p_interval({"a": {"x": 1.0}}, {"a": {"x": 0.5}}, ways, halves, halves)
     with pytest.raises(ValueError, match="results_half lacks 'a'"):
         delta_p_interval({"a": {"x": 1.0}}, {"a": {"x": 0.5}}, ways, {}, halves)
+
+
+# ------------------------------------------------------------------------------- which epoch counts
+
+
+def rows(validation, test):
+    both = zip(validation, test, strict=True)
+    return [
+        {
+            "train": {},
+            "validation": None if v is None else {"a": {"Acc": v}, "b": {"MAE": 1.0}},
+            "test": {"a": {"Acc": t}, "b": {"MAE": t}},
+        }
+        for v, t in both
+    ]
+
+
+DIRECTIONS = {"a": {"Acc": "up"}, "b": {"MAE": "down"}}
+
+
+def test_best_epoch_is_chosen_on_validation_and_reported_on_test():
+    choice = select([rows([10, 30, 20, 30], [1, 2, 3, 4])], DIRECTIONS)
+    best = choice["best validation epoch"]
+    assert (best["epoch"], best["delta_p_over_first_epoch"]) == (
+        2,
+        100.0,
+    )  # a: +200 %, b: 0; of equals the first
+    assert best["test"] == {"a": {"Acc": 2}, "b": {"MAE": 2}}
+
+
+def test_without_validation_the_label_says_test():
+    choice = select([rows([None] * 3, [1.0, 4.0, 2.0])], DIRECTIONS)
+    assert list(choice) == ["best test epoch", "average of the last ten epochs"]
+    # a and b cancel: 0, then (300 - 300) / 2 = 0: the first of equals
+    assert choice["best test epoch"]["epoch"] == 1
+    assert choice["average of the last ten epochs"]["validation"] == {}
+
+
+def test_average_is_of_the_last_ten_epochs():
+    choice = select([rows(range(1, 13), range(1, 13))], DIRECTIONS)[
+        "average of the last ten epochs"
+    ]
+    assert choice["epochs"] == 10 and choice["test"]["a"]["Acc"] == sum(range(3, 13)) / 10
+
+
+def test_stl_networks_choose_their_epochs_one_by_one():
+    parts = [
+        [{"validation": {n: {"MAE": v}}, "test": {n: {"MAE": 10 * v}}} for v in values]
+        for n, values in (("a", [3.0, 1.0, 2.0]), ("b", [3.0, 2.0, 1.0]))
+    ]
+    best = select(parts, {"a": {"MAE": "down"}, "b": {"MAE": "down"}})["best validation epoch"]
+    assert best["epoch"] == {"a": 2, "b": 3} and best["test"] == {
+        "a": {"MAE": 10.0},
+        "b": {"MAE": 10.0},
+    }
+
+
+def test_a_metric_that_starts_at_zero_is_left_out_of_the_choice():
+    given = rows([0.0, 50.0, 10.0], [1.0, 2.0, 3.0])
+    given[2]["validation"]["b"]["MAE"] = 0.5
+    assert improvements(given, DIRECTIONS) == [0.0, 0.0, 50.0]
+    for row in given:
+        row["validation"]["b"]["MAE"] = 0.0
+    assert improvements(given, DIRECTIONS) == [0.0, 0.0, 0.0]

@@ -1,4 +1,4 @@
-"""Records: identity, whole files, thinning, staleness, floors."""
+"""Records: identity, whole files, thinning, places, floors."""
 
 import copy
 import json
@@ -16,14 +16,10 @@ from dbmtl.core.files import write_atomically
 from dbmtl.experiments import records
 from dbmtl.experiments.records import (
     above_floor,
-    code_modules,
     configuration,
     encode_record,
     figures_folder,
     find_record,
-    fingerprint,
-    is_stale,
-    module_sources,
     project_root,
     read_record,
     read_records,
@@ -31,7 +27,6 @@ from dbmtl.experiments.records import (
     run_identity,
     runs_folder,
     selected,
-    source_hash,
     thin,
     write_record,
 )
@@ -44,7 +39,7 @@ def made(method="EW", seed=0, state="finished", data="d", **more):
     return {"identity": identity, "config": config, "data": {"hash": data}, "state": state} | more
 
 
-# ------------------------------------------------------------------------------------------------------ identity
+# ----------------------------------------------------------------------------------------- identity
 
 
 def test_identity_changes_with_every_field_of_the_configuration():
@@ -80,7 +75,7 @@ def test_configuration_refuses_what_json_cannot_hold():
             configuration(toy, "EW", 0, "smoke", {"beta": value})
 
 
-# --------------------------------------------------------------------------------------------------- whole files
+# -------------------------------------------------------------------------------------- whole files
 
 
 def test_atomic_write_replaces_whole_files_and_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -108,9 +103,9 @@ def test_atomic_write_killed_halfway_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     program = (
-        "import os, signal, sys; from dbmtl import records\n"
-        "records.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "records.write_atomically(sys.argv[1], b'new')"
+        "import os, signal, sys; from dbmtl.core.files import write_atomically\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_atomically(sys.argv[1], b'new')"
     )
     run = subprocess.run([sys.executable, "-c", program, str(path)])
     assert run.returncode == -9 and path.read_bytes() == b"old"
@@ -173,7 +168,7 @@ def test_a_float_that_is_not_finite_becomes_null():
     assert round_numbers([float("nan"), float("-inf"), 1.23456789e-12]) == [None, None, 1.23457e-12]
 
 
-# ------------------------------------------------------------------------------------------------------ thinning
+# ----------------------------------------------------------------------------------------- thinning
 
 
 def long_record(epochs=300, tasks=11, monitors=0):
@@ -227,60 +222,7 @@ def test_a_record_has_a_line_a_field():
     assert len(encode_record(record).decode().splitlines()) == len(record) + 2
 
 
-# ----------------------------------------------------------------------------------------------------- staleness
-
-
-def test_source_hash_ignores_prose_and_nothing_else():
-    source = '"""Module."""\nx = "# not a comment"  # a comment\n\ndef f():\n    """Doc."""\n    return "text"\n'
-    same = 'x = "# not a comment"\ndef f():\n    "Other\n    words."  # more\n\n    return "text"\n'.replace(
-        '"Other\n    words."', '"""Other\n    words."""'
-    )
-    assert source_hash(source) == source_hash(same)
-    for old, new in (("not a", "no"), ('"text"', '"test"'), ("return", "yield")):
-        assert source_hash(source) != source_hash(source.replace(old, new))
-
-
-def test_the_fingerprint_holds_the_modules_that_a_run_uses():
-    modules = code_modules("toy", "DB-MTL")
-    assert {
-        "dbmtl.experiments.train",
-        "dbmtl.benchmarks.base",
-        "dbmtl.experiments.metrics",
-        "dbmtl.core.task_gradients",
-    } <= set(modules)
-    assert not {
-        "dbmtl.registry",
-        "dbmtl.experiments.records",
-        "dbmtl.run",
-        "dbmtl.benchmarks.qm9",
-    } & set(modules)
-
-
-def test_the_fingerprint_sees_method_and_hyperparameters():
-    prints = {
-        fingerprint(code_modules("toy", m, h))
-        for m, h in (("EW", {}), ("DB-MTL", {}), ("DB-MTL", {"beta": 0.1}))
-    }
-    assert len(prints) == 3
-
-
-def test_a_record_is_stale_when_a_module_changed(monkeypatch):
-    record = made("DB-MTL", code=fingerprint(code_modules("toy", "DB-MTL")))
-    assert not is_stale(record)
-    whole = records.source_hash
-    changed = lambda text: whole(text + "\nx = 1\n" if "def delta_p(" in text else text)  # noqa: E731
-    monkeypatch.setattr(records, "source_hash", changed)
-    assert is_stale(record)
-
-
-def test_module_sources_follow_imports():
-    assert (
-        "dbmtl.core.gramian" in module_sources(["dbmtl.experiments.train"])
-        and module_sources(["os"]) == {}
-    )
-
-
-# -------------------------------------------------------------------------------------------------------- places
+# ------------------------------------------------------------------------------------------- places
 
 
 def test_smoke_goes_to_an_ignored_folder_and_other_scales_to_figures(monkeypatch, tmp_path):
@@ -311,10 +253,12 @@ def test_git_ignores_smoke_records(monkeypatch):
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         pytest.skip("no git checkout")
-    ignored = lambda path: (
-        subprocess.run(["git", "check-ignore", "-q", str(path)], cwd=root).returncode == 0
-    )  # noqa: E731
-    assert ignored(root / "out/smoke/runs/a.json") and not ignored(root / "figures/runs/a.json")
+    commands = [
+        ["git", "check-ignore", "-q", str(root / name)]
+        for name in ("out/smoke/runs/a.json", "figures/runs/a.json")
+    ]
+    ignored = [subprocess.run(command, cwd=root).returncode == 0 for command in commands]
+    assert ignored == [True, False]
 
 
 def test_commit_is_none_where_git_knows_nothing(monkeypatch, tmp_path):
@@ -338,7 +282,7 @@ def test_commit_is_dirty_where_the_code_differs_and_only_there(monkeypatch, tmp_
     assert records.commit().endswith("-dirty")
 
 
-# -------------------------------------------------------------------------------------------------------- floors
+# ------------------------------------------------------------------------------------------- floors
 
 
 FLOORED = {
@@ -399,14 +343,3 @@ def test_monitors_are_thinned_to_one_look_before_giving_up():
     assert small["monitors"]["steps"][0] == 0 and len(small["monitors"]["steps"]) < 16
     with pytest.raises(ValueError, match="even when thinned"):
         thin(made(monitors={"steps": [0], "norms": {str(t): [0.1234] for t in range(10_000)}}))
-
-
-def test_a_new_benchmark_leaves_the_fingerprint_of_others_alone():
-    found, folder = (
-        [name for name in code_modules("toy", "EW") if name != "repr"],
-        Path(records.__file__).parent,
-    )
-    sources = {name: (folder / f"{name.removeprefix('dbmtl.')}.py").read_text() for name in found}
-    assert "dbmtl.benchmarks.base" in sources and not [
-        name for name, text in sources.items() if "dbmtl.benchmarks.qm9:" in text
-    ]

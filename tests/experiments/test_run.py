@@ -14,17 +14,9 @@ import pytest
 from dbmtl.benchmarks.toy import toy
 from dbmtl.core.balancer import Balancer
 from dbmtl.experiments import run as lab
-from dbmtl.experiments.records import read_records
-from dbmtl.experiments.run import (
-    check_names,
-    hyper_of,
-    main,
-    parse_duration,
-    parse_hyper,
-    plan,
-    run_all,
-    run_table,
-)
+from dbmtl.experiments.records import read_records, write_record
+from dbmtl.experiments.replay import replay_all
+from dbmtl.experiments.run import check_names, main, plan, run_all, run_table
 from dbmtl.experiments.train import train
 
 
@@ -40,35 +32,7 @@ def command(*arguments):
     return [sys.executable, "-m", "dbmtl.run", *map(str, arguments)]
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("90s", 90), ("25m", 1500), ("1h", 3600), ("1h2m3s", 3723), ("7", 7), (2.5, 2.5)],
-)
-def test_durations(text, seconds):
-    assert parse_duration(text) == seconds
-
-
-@pytest.mark.parametrize(
-    "text", ["", "m", "25 minutes", "-5s", "0", "1d", "1.2.3s", "s", "1h30", "2m5"]
-)
-def test_bad_durations(text):
-    with pytest.raises(ValueError, match="like 90s, 25m or 1h30m"):
-        parse_duration(text)
-
-
-def test_hyperparameters_from_the_command_line():
-    hyper = parse_hyper(["beta=0.1", "DB-MTL:beta=0.5", "CAGrad+log:name=some text", "flag=true"])
-    assert hyper == {
-        "beta": 0.1,
-        "flag": True,
-        "DB-MTL": {"beta": 0.5},
-        "CAGrad+log": {"name": "some text"},
-    }
-    assert hyper_of("DB-MTL", hyper) == {"beta": 0.5, "flag": True}
-    assert hyper_of("STL", hyper) == {}
-
-
-# ------------------------------------------------------------------------------------------------------- pending
+# ------------------------------------------------------------------------------------------ pending
 
 
 def test_finished_runs_are_not_run_again_unless_asked(tmp_path):
@@ -133,17 +97,50 @@ def test_a_benchmark_that_knows_its_hash_notices_other_data(tmp_path):
     record = run_all("toy", ["EW"], out=tmp_path)[0]
     same = replace(toy, data_hash=lambda scale, seed: record["data"]["hash"])
     other = replace(toy, data_hash=lambda scale, seed: "0" * 64)
-    assert plan(same, ["EW"], [0], "smoke", tmp_path)[0]["record"] is not None
-    assert plan(other, ["EW"], [0], "smoke", tmp_path)[0]["record"] is None
+    assert plan(same, ["EW"], [0], "smoke", tmp_path)[0].record is not None
+    assert plan(other, ["EW"], [0], "smoke", tmp_path)[0].record is None
 
 
-def test_failed_runs_are_tried_again_after_the_code_changed(tmp_path, monkeypatch):
+@pytest.fixture
+def failed(tmp_path, monkeypatch):
+    """The record of a method that raised, in a folder whose parent is the test's own."""
     with monkeypatch.context() as patch:
         patch.setattr(Balancer, "backward", no_convergence)
-        assert statuses(run_all("toy", ["EW"], out=tmp_path)) == ["failed"]
+        (record,) = run_all("toy", ["EW"], out=tmp_path / "runs")
+    assert record["status"] == "failed"
+    return record
+
+
+def again(tmp_path):
+    return statuses(run_all("toy", ["EW"], out=tmp_path / "runs"))
+
+
+def test_failed_runs_are_tried_again_after_the_code_changed(tmp_path, failed, monkeypatch):
+    assert again(tmp_path) == ["already there"]
+    monkeypatch.setattr(lab, "commit", lambda: "another")
+    assert again(tmp_path) == ["done now"]
+
+
+def test_a_replay_of_a_failed_run_says_more_than_its_commit(tmp_path, failed, monkeypatch):
+    """The mended method does not fail again, and the replay knows; a commit alone says nothing."""
+    folder = tmp_path / "runs"
+    monkeypatch.setattr(lab, "commit", lambda: "another")
+    with monkeypatch.context() as patch:
+        patch.setattr(Balancer, "backward", no_convergence)
+        (found,) = replay_all([failed], folder).values()
+    assert found["outcome"] == "exact" and again(tmp_path) == ["already there"]
+    monkeypatch.setattr(lab, "commit", lambda: failed["commit"])
+    (found,) = replay_all([failed], folder).values()
+    assert found["first"]["recorded"] == "failed at step 0"
+    assert again(tmp_path) == ["done now"]
+
+
+def test_a_diverged_run_is_not_tried_again_by_another_commit(tmp_path, monkeypatch):
+    record = run_all("toy", ["EW"], out=tmp_path)[0]
+    del record["steps_now"], record["status"]
+    write_record(record | {"state": "diverged"}, tmp_path)
+    monkeypatch.setattr(lab, "commit", lambda: "another")
     assert statuses(run_all("toy", ["EW"], out=tmp_path)) == ["already there"]
-    monkeypatch.setattr(lab, "is_stale", lambda record: True)
-    assert statuses(run_all("toy", ["EW"], out=tmp_path)) == ["done now"]
 
 
 def test_a_diverged_run_is_a_result(tmp_path):
@@ -160,7 +157,7 @@ def test_a_diverged_run_is_a_result(tmp_path):
     assert statuses(run_all(wild, ["EW"], out=tmp_path)) == ["already there"]
 
 
-# ---------------------------------------------------------------------------------------------------------- time
+# --------------------------------------------------------------------------------------------- time
 
 
 def test_a_budget_stops_in_the_middle_and_the_next_call_goes_on(tmp_path):
@@ -202,7 +199,7 @@ def test_an_interrupted_fresh_run_goes_on_though_its_old_record_is_there(tmp_pat
     ]
 
 
-# --------------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 
 
 @pytest.mark.parametrize(
@@ -217,6 +214,8 @@ def test_an_interrupted_fresh_run_goes_on_though_its_old_record_is_there(tmp_pat
         ({"--budget": "soon"}, "like 90s, 25m or 1h30m"),
         ({"--hyper": "beta"}, "METHOD:key=value"),
         ({"--hyper": "DB-MTL:betta=1"}, "betta"),
+        ({"--hyper": "DB-MTL:beta=abc"}, "beta"),
+        ({"--methods": "DB-MTL(beta=abc)"}, "beta"),
         ({"--hyper": "DBMTL:beta=1"}, "did you mean 'DB-MTL'"),
         ({"--device": "cudda"}, "cudda"),
     ],
@@ -239,7 +238,7 @@ def test_a_missing_cuda_device_is_said_so(monkeypatch):
         check_names("toy", ["EW"], "smoke", device="cuda")
 
 
-# ----------------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 
 
 def test_jobs_give_the_records_of_one_process(tmp_path):
@@ -273,11 +272,13 @@ def test_one_pending_run_gets_a_process_too(tmp_path):
 
 
 def test_no_processes_are_refused(tmp_path, capsys):
-    with pytest.raises(ValueError, match="jobs must be 1 or more, not 0"):
+    with pytest.raises(ValueError, match="jobs must be a whole number from 1, got 0"):
         run_all("toy", ["EW"], out=tmp_path, jobs=0)
     with pytest.raises(SystemExit, match="2"):
         main(["--benchmark", "toy", "--methods", "EW", "--jobs", "0", "--out", str(tmp_path)])
-    assert "jobs must be 1 or more" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "jobs must be a whole number from 1" in capsys.readouterr().err and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_a_run_that_another_process_finished_meanwhile_is_not_done_again(tmp_path):
@@ -297,7 +298,7 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_done_again(tmp_pat
 def test_what_is_left_of_a_checkpoint_makes_a_run_pending(tmp_path, left):
     record = run_all("toy", ["EW"], out=tmp_path)[0]
     (tmp_path / "checkpoints" / f"{record['identity']}.pt{left}").write_bytes(b"")
-    assert plan("toy", ["EW"], [0], "smoke", tmp_path)[0]["record"] is None
+    assert plan("toy", ["EW"], [0], "smoke", tmp_path)[0].record is None
 
 
 def test_a_composition_that_cannot_be_says_why(tmp_path, capsys):

@@ -1,4 +1,8 @@
-"""Algorithm 1 of the paper on flat numpy vectors, against the balancer; and that breaking it is noticed."""
+"""Algorithm 1 of the paper on flat numpy vectors, against the balancer; and that breaking it is
+noticed."""
+
+import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -6,31 +10,43 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-import dbmtl.core.ema
-import dbmtl.core.inputs
-import dbmtl.gradient_balancing.max_norm
 from dbmtl import DBMTL, EMA, Balancer, Identity, Log, MaxNorm, Sum, make_balancer
+from dbmtl.core.inputs import Batch
 
 SHAPES = [(2, 3), (), (4,)]  # a matrix, a scalar, a vector
-TASKS, SIZE, ROWS, RATE = 3, 11, 5, 0.02
+TASKS = 3
+SIZE = 11  # numbers in these shapes
+ROWS = 5
+RATE = 0.02
 
 
-def problem(seed=0):
+class Problem(NamedTuple):
     """l_t = |A_t theta - b_t - psi_t|^2 / 2 + c_t, with very different scales."""
-    rng = np.random.default_rng(seed)
-    A = rng.normal(size=(TASKS, ROWS, SIZE)) * np.array([1.0, 5.0, 0.2])[:, None, None]
-    return (
-        A,
-        rng.normal(size=(TASKS, ROWS)),
-        rng.normal(size=(TASKS, ROWS)),
-        np.array([0.1, 2.0, 0.03]),
+
+    A: np.ndarray  # [TASKS, ROWS, SIZE]
+    b: np.ndarray  # [TASKS, ROWS]
+    psi: np.ndarray  # [TASKS, ROWS], where the heads start
+    c: np.ndarray  # [TASKS]
+    theta: np.ndarray  # [SIZE], where the shared parameters start
+
+
+def problem():
+    rng = np.random.default_rng(0)
+    return Problem(
+        A=rng.normal(size=(TASKS, ROWS, SIZE)) * np.array([1.0, 5.0, 0.2])[:, None, None],
+        b=rng.normal(size=(TASKS, ROWS)),
+        psi=rng.normal(size=(TASKS, ROWS)),
+        c=np.array([0.1, 2.0, 0.03]),
+        theta=np.linspace(-1, 1, SIZE),
     )
 
 
 def algorithm_1(steps, beta=0.5, beta_decay=0.5, eps=1e-8):
-    """Plain SGD by Algorithm 1: trajectories of theta [steps, SIZE] and psi [steps, TASKS, ROWS]."""
-    A, b, psi, c = problem()
-    theta, average, path = np.linspace(-1, 1, SIZE), np.zeros((TASKS, SIZE)), []
+    """Plain SGD by Algorithm 1: theta [steps, SIZE] and psi [steps, TASKS, ROWS] after steps."""
+    A, b, psi, c, theta = problem()
+    average = np.zeros((TASKS, SIZE))
+    thetas = []
+    psis = []
     for k in range(1, steps + 1):
         residual = np.einsum("trd,d->tr", A, theta) - b - psi
         loss = (residual**2).sum(1) / 2 + c
@@ -39,36 +55,38 @@ def algorithm_1(steps, beta=0.5, beta_decay=0.5, eps=1e-8):
         average = beta_k * average + (1 - beta_k) * g
         norm = np.sqrt((average**2).sum(1))
         step = norm.max() * (average / (norm + eps)[:, None]).sum(0)
-        theta, psi = theta - RATE * step, psi + RATE * residual / (loss + eps)[:, None]
-        path.append((theta, psi))
-    return [np.stack(x) for x in zip(*path, strict=True)]
+        theta = theta - RATE * step
+        psi = psi + RATE * residual / (loss + eps)[:, None]
+        thetas.append(theta)
+        psis.append(psi)
+    return [np.stack(thetas), np.stack(psis)]
 
 
 def trained(steps, make=DBMTL, **hyper):
     """The same with the balancer and `torch.optim.SGD`."""
-    A, b, psi, c = (torch.from_numpy(x) for x in problem())
-    start = torch.linspace(-1, 1, SIZE, dtype=torch.float64)
-    sizes = [int(np.prod(shape)) for shape in SHAPES]
-    shared = [
-        nn.Parameter(p.reshape(s).clone()) for p, s in zip(start.split(sizes), SHAPES, strict=True)
-    ]
-    heads = [nn.Parameter(p.clone()) for p in psi]
-    balancer, sgd = (
-        make(shared=shared, num_tasks=TASKS, **hyper),
-        torch.optim.SGD([*shared, *heads], RATE),
-    )
-    path = []
+    A, b, psi, c, theta = map(torch.from_numpy, problem())
+    pieces = theta.split([int(np.prod(shape)) for shape in SHAPES])
+    shared = []
+    for piece, shape in zip(pieces, SHAPES, strict=True):
+        shared.append(nn.Parameter(piece.reshape(shape).clone()))
+    heads = [nn.Parameter(row.clone()) for row in psi]
+    balancer = make(shared=shared, num_tasks=TASKS, **hyper)
+    sgd = torch.optim.SGD([*shared, *heads], RATE)
+
+    def flat():
+        return torch.cat([p.reshape(-1) for p in shared])
+
+    thetas = []
+    psis = []
     for _ in range(steps):
-        theta = torch.cat([p.reshape(-1) for p in shared])
-        balancer.backward(
-            [(A[t] @ theta - b[t] - heads[t]).square().sum() / 2 + c[t] for t in range(TASKS)]
-        )
+        theta = flat()
+        residuals = [A[t] @ theta - b[t] - heads[t] for t in range(TASKS)]
+        balancer.backward([residuals[t].square().sum() / 2 + c[t] for t in range(TASKS)])
         sgd.step()
         sgd.zero_grad()
-        path.append(
-            (torch.cat([p.detach().reshape(-1) for p in shared]), torch.stack(heads).detach())
-        )
-    return [torch.stack(x) for x in zip(*path, strict=True)]
+        thetas.append(flat().detach())
+        psis.append(torch.stack(heads).detach())
+    return [torch.stack(thetas), torch.stack(psis)]
 
 
 HYPER = [
@@ -83,9 +101,8 @@ HYPER = [
 @pytest.mark.parametrize("grads", ["loop", "split", "batched"])
 @pytest.mark.parametrize("hyper", HYPER, ids=str)
 def test_dbmtl_follows_algorithm_1(hyper, grads):
-    for ours, expected in zip(
-        trained(8, **hyper, grads=grads), algorithm_1(8, **hyper), strict=True
-    ):
+    trajectories = trained(8, **hyper, grads=grads)
+    for ours, expected in zip(trajectories, algorithm_1(8, **hyper), strict=True):
         assert_close(ours, torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
 
 
@@ -97,10 +114,14 @@ def test_dbmtl_defaults_are_those_of_the_paper():
 
 
 def test_dbmtl_is_log_times_max_norm_and_has_the_name_of_the_tables():
-    plane = lambda **k: Balancer(Log(), MaxNorm(), ema=EMA(0.5, 0.5), **k)  # noqa: E731
-    named = lambda **k: make_balancer("DB-MTL", **k)  # noqa: E731
-    for other in (plane, named):
-        for ours, expected in zip(trained(4, other), trained(4), strict=True):
+    def on_the_plane(**options):
+        return Balancer(Log(), MaxNorm(), ema=EMA(0.5, 0.5), **options)
+
+    def by_name(**options):
+        return make_balancer("DB-MTL", **options)
+
+    for make in (on_the_plane, by_name):
+        for ours, expected in zip(trained(4, make), trained(4), strict=True):
             assert_close(ours, expected, rtol=0, atol=0)
 
 
@@ -110,27 +131,39 @@ def test_dbmtl_is_log_times_max_norm_and_has_the_name_of_the_tables():
 )
 def test_ablation_names_are_points_of_the_plane(name, axes):
     transform, aggregator = axes
-    ema = EMA(0.5, 0.5) if aggregator is MaxNorm else None
-    for ours, expected in zip(
-        trained(3, lambda **k: make_balancer(name, **k)),
-        trained(3, lambda **k: Balancer(transform(), aggregator(), ema=ema, **k)),
-        strict=True,
-    ):
+
+    def by_name(**options):
+        return make_balancer(name, **options)
+
+    def on_the_plane(**options):
+        ema = EMA(0.5, 0.5) if aggregator is MaxNorm else None
+        return Balancer(transform(), aggregator(), ema=ema, **options)
+
+    for ours, expected in zip(trained(3, by_name), trained(3, on_the_plane), strict=True):
         assert_close(ours, expected, rtol=1e-13, atol=1e-13)
 
 
 def test_hand_computed_step():
-    """Two tasks, one shared vector: l = (2, 0.5), g = ((3, 4), (0, 1)), worked out on paper with beta 0.5."""
+    """Two tasks, one shared vector: l = (2, 0.5), g = ((3, 4), (0, 1)), worked out on paper with
+    beta 0.5."""
     theta = nn.Parameter(torch.zeros(2, dtype=torch.float64))
     balancer = DBMTL(shared=[theta], num_tasks=2, eps=0.0)
     balancer.backward([3 * theta[0] + 4 * theta[1] + 2, theta[1] + 0.5])
-    # log: g = ((1.5, 2), (0, 2)); beta_1 = 0.5: ghat = ((0.75, 1), (0, 1)), norms (1.25, 1), alpha = 1.25
+    # log: g = ((1.5, 2), (0, 2)); beta_1 = 0.5: ghat = ((0.75, 1), (0, 1)), norms (1.25, 1),
+    # alpha = 1.25
     assert_close(balancer.slopes, torch.tensor([0.5, 2.0]).double())
     assert_close(balancer.weights, torch.tensor([1.0, 1.25]).double())
     assert_close(theta.grad, torch.tensor([0.75, 2.25]).double())
 
 
-# ------------------------------------------------------------------------------------------------------ mutations
+# -------------------------------------------------------------------------------------- mutations
+
+
+def module_of(kind):
+    return sys.modules[kind.__module__]
+
+
+original_iterator = module_of(Batch).iterate_task_gradients
 
 
 def without_heads(*args):
@@ -139,59 +172,44 @@ def without_heads(*args):
 
 
 def half_heads(*args):
-    for row, rest in original_iterator(*args):
-        yield row, {p: g / 2 for p, g in rest.items()}
+    for row, heads in original_iterator(*args):
+        yield row, {p: g / 2 for p, g in heads.items()}
 
 
-original_iterator = dbmtl.core.inputs.iterate_task_gradients
+def weights_by(formula):
+    """The mutation that computes the weights of max-norm from norms n by another formula."""
+    return module_of(MaxNorm), "equal_norm_weights", formula
+
+
+def beta_by(formula):
+    """The mutation that computes beta_k by another formula."""
+    return module_of(EMA), "beta_at", formula
+
+
 MUTATIONS = {
-    "beta without decay": (dbmtl.core.ema, "beta_at", lambda k, beta, decay: beta),
-    "k from 2": (dbmtl.core.ema, "beta_at", lambda k, beta, decay: beta / (k + 1) ** decay),
-    "beta on the new value": (
-        dbmtl.core.ema,
-        "beta_at",
-        lambda k, beta, decay: 1 - beta / k**decay,
-    ),
-    "no moving average": (dbmtl.core.ema, "beta_at", lambda k, beta, decay: 0.0),
+    "beta without decay": beta_by(lambda k, beta, decay: beta),
+    "k from 2": beta_by(lambda k, beta, decay: beta / (k + 1) ** decay),
+    "beta on the new value": beta_by(lambda k, beta, decay: 1 - beta / k**decay),
+    "no moving average": beta_by(lambda k, beta, decay: 0.0),
     "no eps in the log": (Log, "forward", lambda self, losses: losses.log()),
     "no log": (Log, "forward", lambda self, losses: losses),
-    "no eps beside the norm": (
-        dbmtl.gradient_balancing.max_norm,
-        "equal_norm_weights",
-        lambda n, alpha, eps: n.max() / n,
-    ),
-    "eps below the root": (
-        dbmtl.gradient_balancing.max_norm,
-        "equal_norm_weights",
-        lambda n, alpha, eps: n.max() / (n**2 + eps) ** 0.5,
-    ),
-    "mean for max": (
-        dbmtl.gradient_balancing.max_norm,
-        "equal_norm_weights",
-        lambda n, alpha, eps: n.mean() / (n + eps),
-    ),
-    "min for max": (
-        dbmtl.gradient_balancing.max_norm,
-        "equal_norm_weights",
-        lambda n, alpha, eps: n.min() / (n + eps),
-    ),
-    "no norms": (
-        dbmtl.gradient_balancing.max_norm,
-        "equal_norm_weights",
-        lambda n, alpha, eps: torch.ones_like(n),
-    ),
+    "no eps beside the norm": weights_by(lambda n, alpha, eps: n.max() / n),
+    "eps below the root": weights_by(lambda n, alpha, eps: n.max() / (n**2 + eps) ** 0.5),
+    "mean for max": weights_by(lambda n, alpha, eps: n.mean() / (n + eps)),
+    "min for max": weights_by(lambda n, alpha, eps: n.min() / (n + eps)),
+    "no norms": weights_by(lambda n, alpha, eps: torch.ones_like(n)),
     "heads weighted": (MaxNorm, "weights_heads", True),
-    "heads forgotten": (dbmtl.core.inputs, "iterate_task_gradients", without_heads),
-    "heads halved": (dbmtl.core.inputs, "iterate_task_gradients", half_heads),
+    "heads forgotten": (module_of(Batch), "iterate_task_gradients", without_heads),
+    "heads halved": (module_of(Batch), "iterate_task_gradients", half_heads),
 }
 
 
 def agrees():
-    return all(
-        np.allclose(ours.numpy(), expected, rtol=1e-10, atol=1e-10)
-        for eps in (1e-8, 0.01)
-        for ours, expected in zip(trained(4, eps=eps), algorithm_1(4, eps=eps), strict=True)
-    )
+    for eps in (1e-8, 0.01):
+        for ours, expected in zip(trained(4, eps=eps), algorithm_1(4, eps=eps), strict=True):
+            if not np.allclose(ours.numpy(), expected, rtol=1e-10, atol=1e-10):
+                return False
+    return True
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)

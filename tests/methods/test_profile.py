@@ -1,6 +1,8 @@
-"""What a step costs: its parts, its passes, the committed measurement, the figure. No test asserts a speed."""
+"""What a step costs: its parts, its passes, the committed measurement, the figure. No test asserts
+a speed."""
 
 import csv
+import functools
 import importlib.util
 import json
 import statistics
@@ -13,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import dbmtl.profile as anatomy_module
+import dbmtl.profile
 from dbmtl import make_balancer, method_names
 from dbmtl.benchmarks.base import get_benchmark
-from dbmtl.experiments.train import Loop
+from dbmtl.experiments.loop import Loop
 from dbmtl.profile import (
     StepCost,
     Stopwatch,
@@ -28,6 +30,7 @@ from dbmtl.profile import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
+METHOD_COST = ROOT / "ci" / "benchmarks" / "method_cost.py"
 PLAIN = "sum(losses).backward()"
 
 
@@ -42,29 +45,32 @@ class Ticks:
 
 
 class Worker(nn.Module):
-    """A training loop on a clock of its own: forward takes 2, a pass 7, aggregation 5, the optimizer 3 and 1."""
+    """A training loop on a clock of its own: forward takes 2, a pass 7, aggregation 5, the
+    optimizer 3 and 1."""
 
     def __init__(self, method, **options):
         super().__init__()
-        self.now, self.position, self.steps, self.calls = 0.0, 0, 2, []
+        self.now = 0.0
+        self.position = 0  # in the epoch
+        self.steps = 2  # an epoch has
+        self.calls = []
         self.model = nn.Module()
-        self.model.trunk, self.model.heads = (
-            nn.Linear(2, 2),
-            nn.ModuleList(nn.Linear(2, 1) for _ in range(3)),
-        )
+        self.model.trunk = nn.Linear(2, 2)
+        self.model.heads = nn.ModuleList(nn.Linear(2, 1) for _ in range(3))
         self.balancer = make_balancer(method, shared=self.model.trunk, num_tasks=3, **options)
         learned = list(self.balancer.parameters())
         self.optimizer = torch.optim.SGD([*self.model.parameters(), *learned], 1e-2)
         self.balancer.aggregator.register_forward_pre_hook(lambda *_: self.work(5))
         self.optimizer.register_step_pre_hook(lambda *_: self.work(3))
-        self.empty, self.optimizer.zero_grad = self.optimizer.zero_grad, self.zero
+        self.zero_grad_itself = self.optimizer.zero_grad
+        self.optimizer.zero_grad = self.zero
 
     def work(self, seconds):
         self.now += seconds
 
     def zero(self):
         self.work(1)
-        self.empty()
+        self.zero_grad_itself()
 
     def step(self):
         self.work(2)
@@ -84,34 +90,27 @@ class Worker(nn.Module):
 def toy_loop(method, **hyper):
     benchmark = get_benchmark("toy")
     scale = benchmark.scale("smoke")
-    return Loop(
-        benchmark, benchmark.load(scale, "cpu", 0), benchmark.tasks, method, 0, scale, hyper=hyper
-    )
+    data = benchmark.load(scale, "cpu", 0)
+    return Loop(benchmark, data, benchmark.tasks, method, 0, scale, hyper=hyper)
 
 
 def load_script():
-    spec = importlib.util.spec_from_file_location(
-        "method_cost", ROOT / "ci" / "benchmarks" / "method_cost.py"
-    )
+    spec = importlib.util.spec_from_file_location("method_cost", METHOD_COST)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-# ------------------------------------------------------------------------------------------------------------ parts
+# -------------------------------------------------------------------------------------------- parts
 
 
-def test_step_cost_knows_where_the_time_went():
-    for method, passes, aggregated in (
-        ("EW", 1, 5),
-        ("DB-MTL", 3, 5),
-        ("CAGrad", 3, 5),
-        ("MoCo", 3, 5),
-    ):
-        worker = Worker(method)
-        assert step_cost(worker, lambda w=worker: w.now) == StepCost(
-            2, 7 * passes, aggregated, 4, passes
-        ), method
+@pytest.mark.parametrize(
+    "method, passes, aggregated", [("EW", 1, 5), ("DB-MTL", 3, 5), ("CAGrad", 3, 5), ("MoCo", 3, 5)]
+)
+def test_step_cost_knows_where_the_time_went(method, passes, aggregated):
+    worker = Worker(method)
+    cost = step_cost(worker, lambda: worker.now)
+    assert cost == StepCost(2, 7 * passes, aggregated, 4, passes)
 
 
 def test_step_cost_adds_up_to_the_whole_step():
@@ -122,32 +121,40 @@ def test_step_cost_adds_up_to_the_whole_step():
 
 
 def test_step_cost_does_not_count_its_own_looking(monkeypatch):
-    worker, looked = Worker("DB-MTL"), anatomy_module._reaches
-    monkeypatch.setattr(
-        anatomy_module, "_reaches", lambda *given: (worker.work(100), looked(*given))[1]
-    )
+    worker = Worker("DB-MTL")
+    reaches = dbmtl.profile._reaches
+
+    def slow(*arguments):
+        worker.work(100)
+        return reaches(*arguments)
+
+    monkeypatch.setattr(dbmtl.profile, "_reaches", slow)
     assert step_cost(worker, lambda: worker.now).total == 2 + 21 + 5 + 4
     assert worker.now > 300
 
 
 @given(st.lists(st.sampled_from(["forward", "backward", None, "end"]), max_size=30))
 def test_stopwatch_gives_every_second_to_one_part(names):
-    clock, watch, entered, paused, start = Ticks(), None, [], 0.0, 0.0
-    watch = Stopwatch(clock)
-    start, before = watch.last, [None]
+    watch = Stopwatch(Ticks())
+    start = watch.last
+    entered = []
+    running = [None]  # names of the parts that are open; None is a pause
+    paused = 0.0
     for name in names:
-        now = watch.last
+        before = watch.last
         if name == "end":
             if not entered:
                 continue
             entered.pop().__exit__(None, None, None)
-            paused += (watch.last - now) * (before.pop() is None)
+            ended = running.pop()
         else:
             part = watch.part(name)
             part.__enter__()
-            paused += (watch.last - now) * (before[-1] is None)
             entered.append(part)
-            before.append(name)
+            ended = running[-1]
+            running.append(name)
+        if ended is None:
+            paused += watch.last - before
     assert sum(watch.spent.values()) == watch.last - start - paused
 
 
@@ -158,7 +165,7 @@ def test_stopwatch_goes_on_after_an_error():
     assert watch.stack == [None] and watch.spent == {"a": 2.0, "b": 1.0}
 
 
-# ----------------------------------------------------------------------------------------------------------- passes
+# ------------------------------------------------------------------------------------------- passes
 
 
 @pytest.mark.parametrize("method", method_names())
@@ -167,9 +174,12 @@ def test_step_cost_counts_the_passes_of_the_anatomy(method):
     cost = [step_cost(loop, Ticks()) for _ in range(2)][-1]
     tasks = len(loop.tasks)
     assert cost.passes == anatomy(lambda **options: make_balancer(method, **options), tasks).passes
-    # a part that nothing interrupts lasts one tick: slopes and agents at work are not passes of the network
+    # a part that nothing interrupts lasts one tick: slopes and agents at work are not passes of
+    # the network
     assert cost.backward == cost.passes + tasks * (loop.balancer.level == "features")
-    assert cost.forward > 0 and cost.balancing > 0 and cost.optimizer > 0
+    assert cost.forward > 0
+    assert cost.balancing > 0
+    assert cost.optimizer > 0
 
 
 @pytest.mark.parametrize("grads, passes", [("loop", 3), ("split", 3), ("batched", 1)])
@@ -180,17 +190,17 @@ def test_step_cost_counts_passes_through_the_trunk_alone(grads, passes):
 
 
 def test_step_cost_leaves_everything_as_it_was():
-    before, worker = (torch.autograd.grad, torch.autograd.backward), Worker("EW")
-    kept = worker.optimizer.zero_grad
+    before = torch.autograd.grad, torch.autograd.backward
+    worker = Worker("EW")
+    zero_grad = worker.optimizer.zero_grad
     step_cost(worker, Ticks())
     worker.step = lambda: worker.balancer.backward([torch.tensor(torch.nan)] * 3)
     with pytest.raises(ValueError):
         step_cost(worker, Ticks())
-    assert (
-        torch.autograd.grad,
-        torch.autograd.backward,
-    ) == before and worker.optimizer.zero_grad is kept
-    assert "backward" not in vars(worker.balancer) and "step" not in vars(worker.optimizer)
+    assert (torch.autograd.grad, torch.autograd.backward) == before
+    assert worker.optimizer.zero_grad is zero_grad
+    assert "backward" not in vars(worker.balancer)
+    assert "step" not in vars(worker.optimizer)
 
 
 def test_step_cost_trains_like_the_loop_alone():
@@ -200,15 +210,16 @@ def test_step_cost_trains_like_the_loop_alone():
     alone = toy_loop("DB-MTL")
     for _ in range(2):
         alone.step()
-    for mine, other in zip(measured.model.parameters(), alone.model.parameters(), strict=True):
-        assert torch.equal(mine, other)
+    for p, expected in zip(measured.model.parameters(), alone.model.parameters(), strict=True):
+        assert torch.equal(p, expected)
 
 
 def test_step_clock_waits_for_an_accelerator(monkeypatch):
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     clock = step_clock("cuda:1")
-    assert clock() <= clock() and waited == [torch.device("cuda:1")] * 2
+    assert clock() <= clock()
+    assert waited == [torch.device("cuda:1")] * 2
 
 
 def test_numbers_kept_are_those_of_the_anatomy():
@@ -219,85 +230,86 @@ def test_numbers_kept_are_those_of_the_anatomy():
     assert numbers_kept(balancer) == 2 * 8
 
 
-# ----------------------------------------------------------------------------------------------------------- rounds
+# ------------------------------------------------------------------------------------------- rounds
 
 
 def test_cost_rounds_take_turns_and_end_epochs():
-    workers, order = {}, []
+    workers = {}
+    order = []
 
-    def maker(name):
-        def make():
-            worker = workers[name] = Worker("EW")
-            step = worker.step
-            worker.step = lambda: (order.append(name), step())
-            return worker
+    class Ordered(Worker):
+        def __init__(self, name):
+            super().__init__("EW")
+            self.name = name
+            workers[name] = self
 
-        return make
+        def step(self):
+            order.append(self.name)
+            super().step()
 
-    found = cost_rounds({name: maker(name) for name in "abc"}, rounds=6, warm_up=2, clock=Ticks())
+    makers = {name: functools.partial(Ordered, name) for name in "abc"}
+    outcomes = cost_rounds(makers, rounds=6, warm_up=2, clock=Ticks())
     rounds = [order[i : i + 3] for i in range(0, 24, 3)]
-    assert (
-        all(sorted(names) == ["a", "b", "c"] for names in rounds)
-        and len(set(map(tuple, rounds))) > 1
-    )
-    assert all(len(costs) == 6 for costs in found.values())
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len(set(map(tuple, rounds))) > 1
+    assert all(len(costs) == 6 for costs in outcomes.values())
     assert workers["a"].calls == ["step", "step", "epoch"] * 4
 
 
 def test_cost_rounds_record_what_fails():
-    late = Worker("EW")
-    step, late.step = late.step, lambda: step() if len(late.calls) < 2 else 1 / 0
-    found = cost_rounds(
-        {"good": lambda: Worker("EW"), "late": lambda: late, "never": lambda: [][0]},
-        3,
-        clock=Ticks(),
-    )
-    assert len(found["good"]) == 3
-    assert found["late"] == "ZeroDivisionError: division by zero" and found["never"].startswith(
-        "IndexError: "
-    )
+    class Late(Worker):
+        def step(self):
+            if len(self.calls) >= 2:
+                raise ZeroDivisionError("too late")
+            super().step()
+
+    def never():
+        raise IndexError("no such thing")
+
+    makers = {"good": lambda: Worker("EW"), "late": lambda: Late("EW"), "never": never}
+    outcomes = cost_rounds(makers, 3, clock=Ticks())
+    assert len(outcomes["good"]) == 3
+    assert outcomes["late"] == "ZeroDivisionError: too late"
+    assert outcomes["never"] == "IndexError: no such thing"
 
 
 def test_cost_rounds_record_an_error_of_a_method():
+    def without_a_solution(*_):
+        raise RuntimeError("no solution")
+
     loop = toy_loop("Nash-MTL")
-    loop.balancer.aggregator.forward = lambda *_: (_ for _ in ()).throw(RuntimeError("no solution"))
-    assert (
-        cost_rounds({"Nash-MTL": lambda: loop}, 2)["Nash-MTL"]
-        == "Ended: failed: RuntimeError: no solution"
-    )
+    loop.balancer.aggregator.forward = without_a_solution
+    outcomes = cost_rounds({"Nash-MTL": lambda: loop}, 2)
+    assert outcomes["Nash-MTL"] == "Ended: failed: RuntimeError: no solution"
 
 
-# ------------------------------------------------------------------------------------------------------- the record
+# --------------------------------------------------------------------------------------- the record
 
 
 def test_method_cost_script_measures_and_writes():
     script = load_script()
-    result = script.measure(
-        "nyuv2", "smoke", [PLAIN, "EW", "UW", "Nonsense"], rounds=1, warm_up=0, device="cpu"
-    )
-    assert result == json.loads(script.dumped(result)) and script.dumped(result).count("\n") < 200
-    assert set(result["ms"]) == {PLAIN, "EW", "UW"} and set(result["ms"]["EW"]) == set(script.PARTS)
+    methods = [PLAIN, "EW", "UW", "Nonsense"]
+    result = script.measure("nyuv2", "smoke", methods, rounds=1, warm_up=0, device="cpu")
+    dumped = script.dumped(result)
+    assert result == json.loads(dumped)
+    assert dumped.count("\n") < 200
+    assert set(result["ms"]) == {PLAIN, "EW", "UW"}
+    assert set(result["ms"]["EW"]) == set(script.PARTS)
     assert result["passes"] == {PLAIN: 1, "EW": 1, "UW": 1}
-    assert result["counts"]["UW"] == {
-        "learned": 3,
-        "kept": 3,
-        "kept by the optimizer": 7,
-    }  # 2 moments and a step
+    # the optimizer keeps two moments of three numbers and a step
+    assert result["counts"]["UW"] == {"learned": 3, "kept": 3, "kept by the optimizer": 7}
     assert "unknown method 'Nonsense'" in result["failed"]["Nonsense"]
     text = script.markdown(result)
-    assert (
-        "| EW | 1 |" in text
-        and "| 1.00 |" in text
-        and "failed: ValueError" in text
-        and "threads: " in text
-    )
+    for part in ("| EW | 1 |", "| 1.00 |", "failed: ValueError", "threads: "):
+        assert part in text
 
 
 def test_method_cost_generates_the_samples_of_every_scale():
     script = load_script()
     for scale in get_benchmark("nyuv2").scales.values():
         timed = script.timed_scale(scale)
-        assert timed.extra["source"] == "generated" and timed.extra["weights"] == "none"
+        assert timed.extra["source"] == "generated"
+        assert timed.extra["weights"] == "none"
         assert (timed.width, timed.batch_size) == (scale.width, scale.batch_size)
         assert timed.train_size == 2 * scale.batch_size
 
@@ -312,44 +324,45 @@ def record():
 
 def test_method_cost_record_has_every_method(record):
     assert set(record["ms"]) | set(record["failed"]) == {PLAIN, *method_names()}
-    assert not set(record["ms"]) & set(record["failed"]) and all(record["failed"].values())
-    parts = [values for costs in record["ms"].values() for values in costs.values()]
-    assert {len(values) for values in parts} == {record["rounds"]} and min(map(min, parts)) >= 0
-    assert record["threads"] == 1 and record["tasks"] == 3 and record["rounds"] >= 9
+    assert not set(record["ms"]) & set(record["failed"])
+    assert all(record["failed"].values())
+    for costs in record["ms"].values():
+        for milliseconds in costs.values():
+            assert len(milliseconds) == record["rounds"]
+            assert min(milliseconds) >= 0
+    assert record["threads"] == 1
+    assert record["tasks"] == 3
+    assert record["rounds"] >= 9
 
 
 def test_method_cost_record_agrees_with_the_anatomy(record):
     kept = record["parameters"]["shared"] * 3
     assert record["counts"]["DB-MTL"] == {"learned": 0, "kept": kept, "kept by the optimizer": 0}
     for method, passes in record["passes"].items():
-        name = "EW" if method == PLAIN else method
-        assert (
-            passes == anatomy(lambda name=name, **options: make_balancer(name, **options)).passes
-        ), method
+        make = functools.partial(make_balancer, "EW" if method == PLAIN else method)
+        assert passes == anatomy(make).passes, method
 
 
 def test_figure7_csv_agrees_with_the_record(record):
     with (ROOT / "figures" / "figure7_cost.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    drawn = {
-        (row["method"], row["part"]): float(row["times EW"])
-        for row in rows
-        if row["source"] == "ours"
-    }
-    medians = {
-        m: {part: statistics.median(v) for part, v in costs.items()}
-        for m, costs in record["ms"].items()
-    }
+    drawn = {}
+    printed = {}
+    for row in rows:
+        if row["source"] == "ours":
+            drawn[row["method"], row["part"]] = float(row["times EW"])
+        if row["source"] == "paper":
+            printed[row["method"]] = float(row["times EW"])
+    medians = {}
+    for method, costs in record["ms"].items():
+        medians[method] = {part: statistics.median(ms) for part, ms in costs.items()}
     one = sum(medians["EW"].values())
     for method, parts in medians.items():
         for part, value in (parts | {"total": sum(parts.values())}).items():
             assert drawn[method, part] == pytest.approx(value / one, rel=1e-5), (method, part)
-    printed = {row["method"]: float(row["times EW"]) for row in rows if row["source"] == "paper"}
-    assert (
-        len(printed) == 21
-        and printed["EW"] == 1
-        and printed["DB-MTL"] == pytest.approx(245 / 85, rel=1e-5)
-    )
+    assert len(printed) == 21
+    assert printed["EW"] == 1
+    assert printed["DB-MTL"] == pytest.approx(245 / 85, rel=1e-5)
 
 
 def test_method_cost_table_is_that_of_the_record(record):
@@ -357,8 +370,11 @@ def test_method_cost_table_is_that_of_the_record(record):
 
 
 def test_step_cost_is_a_number_for_every_part():
+    worker = Worker("UW")
     loop = SimpleNamespace(
-        **{name: getattr(Worker("UW"), name) for name in ("model", "balancer", "optimizer")}
+        model=worker.model,
+        balancer=worker.balancer,
+        optimizer=worker.optimizer,
+        step=lambda: None,
     )
-    loop.step = lambda: None
     assert step_cost(loop, Ticks()) == StepCost(forward=1.0)

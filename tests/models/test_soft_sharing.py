@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from dbmtl import DBMTL, make_balancer
-from dbmtl.experiments.train import trunk_features
+from dbmtl.experiments.step import trunk_features
 from dbmtl.models.resnet import DeepLab, resnet50_dilated, trunk_state
 from dbmtl.models.segnet import parameter_counts
 from dbmtl.models.soft_sharing import CrossStitch, MMoE, MTANNet

@@ -14,101 +14,105 @@ import papermill
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOKS = sorted(
-    path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
-    for path in ROOT.glob("nbs/**/*.ipynb")
-)
 LIMIT = 180  # seconds
+KERNEL = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
 
 
-def tagged_cells(path):
-    """The cells of parameters of a notebook."""
-    cells = nbformat.read(path, 4).cells
+def path_of(name):
+    return ROOT / "nbs" / f"{name}.ipynb"
+
+
+def parameter_cells(name):
+    cells = nbformat.read(path_of(name), 4).cells
     return [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
 
 
-def reproduce(*args, out, root=ROOT):
+NOTEBOOKS = sorted(
+    path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+    for path in ROOT.glob("nbs/**/*.ipynb")
+    if ".ipynb_checkpoints" not in path.parts
+)
+WITH_PARAMETERS = [name for name in NOTEBOOKS if parameter_cells(name)]
+
+
+def reproduce(*args, out, root=ROOT, **environment):
     """The command without its set-up, with a folder of its own for all that it writes."""
-    command = [sys.executable, root / "ci" / "run_notebooks.py", *args]
-    env = {**os.environ, "DBMTL_OUT": str(out), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=LIMIT, stdin=subprocess.DEVNULL
+        [sys.executable, root / "ci" / "run_notebooks.py", *args],
+        env=os.environ | {"DBMTL_OUT": str(out), "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        stdin=subprocess.DEVNULL,
     )
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook(name, tmp_path):
-    """From no records at all; a notebook that asks for runs must have taken steps, and recorded it."""
+    """From no records at all; one that asks for runs must have taken steps, and recorded it."""
     done = reproduce("--only", name, out=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     assert (tmp_path / "out" / "notebooks" / f"{name}.ipynb").exists()
-    notebook = ROOT / "nbs" / f"{name}.ipynb"
-    asks = re.search(r"\b(run_all|ask)\(", notebook.read_text(encoding="utf-8"))
-    if asks and "scale" in papermill.inspect_notebook(notebook):
+    asks = re.search(r"\b(run_all|ask)\(", path_of(name).read_text(encoding="utf-8"))
+    if asks and "scale" in papermill.inspect_notebook(path_of(name)):
         records = [json.loads(path.read_text()) for path in tmp_path.glob("out/smoke/runs/*.json")]
         assert any(record["step"] > 0 for record in records)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in NOTEBOOKS if tagged_cells(ROOT / "nbs" / f"{name}.ipynb")]
-)
+@pytest.mark.parametrize("name", WITH_PARAMETERS)
 def test_every_parameter_of_a_notebook_can_be_set(name):
-    """papermill reads the cell line by line and leaves out what it cannot parse: quotes in a comment, for one."""
-    path = ROOT / "nbs" / f"{name}.ipynb"
-    names = {
-        target.id
-        for cell in tagged_cells(path)
-        for line in ast.parse(cell.source).body
-        for target in line.targets
-    }
-    assert set(papermill.inspect_notebook(path)) == names
+    """papermill reads the cell line by line and leaves out what it cannot parse: quotes in a
+    comment, for one."""
+    names = set()
+    for cell in parameter_cells(name):
+        for statement in ast.parse(cell.source).body:
+            names |= {target.id for target in statement.targets}
+    assert set(papermill.inspect_notebook(path_of(name))) == names
+
+
+def write_notebook(path, sources, parameters=False):
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    if parameters:
+        cells[0].metadata.tags = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=KERNEL), path)
 
 
 @pytest.fixture
 def project(tmp_path):
-    """A small project with the real runner: one notebook that works, one with a parameter that fails on request."""
+    """A small project with the real runner: one notebook that works, one with a parameter that
+    fails on request."""
     root = tmp_path / "project"
     (root / "nbs").mkdir(parents=True)
     shutil.copytree(ROOT / "ci", root / "ci")
-    kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
-    draw = "from pathlib import Path\nPath('../figures').mkdir(exist_ok=True)\nPath('../figures/plot.png').touch()"
-    cells = {
-        "00_first": ["1 + 1"],
-        "41_second": [
-            "scale = 'smoke'  # size\nseeds = [0]  # which",
-            "assert scale != 'cpu', seeds",
-            draw,
-        ],
-    }
-    for name, sources in cells.items():
-        code = [nbformat.v4.new_code_cell(text) for text in sources]
-        notebook = nbformat.v4.new_notebook(cells=code, metadata=kernel)
-        if len(sources) > 1:
-            notebook.cells[0].metadata.tags = ["parameters"]
-        nbformat.write(notebook, root / "nbs" / f"{name}.ipynb")
+    write_notebook(root / "nbs" / "00_first.ipynb", ["1 + 1"])
+    second = [
+        "scale = 'smoke'  # size\nseeds = [0]  # which",
+        "assert scale != 'cpu', seeds",
+        "from pathlib import Path\n"
+        "Path('../figures').mkdir(exist_ok=True)\n"
+        "Path('../figures/plot.png').touch()",
+    ]
+    write_notebook(root / "nbs" / "41_second.ipynb", second, parameters=True)
     return root
 
 
 def test_reproduce_runs_in_order_and_sums_up(project):
     done = reproduce(root=project, out=project)
-    lines = [line.split() for line in done.stdout.splitlines()]
     assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
     table = lines[lines.index(["notebook", "seconds", "figures"]) + 1 :]
     assert [line[0] for line in table[:2]] == ["00_first", "41_second"]
-    assert table[1][2] == "plot" and len(table[0]) == 2
-    assert sorted(path.name for path in project.glob("out/notebooks/*")) == [
-        "00_first.ipynb",
-        "41_second.ipynb",
-    ]
+    assert len(table[0]) == 2
+    assert table[1][2] == "plot"
+    copies = sorted(path.name for path in project.glob("out/notebooks/*"))
+    assert copies == ["00_first.ipynb", "41_second.ipynb"]
 
 
 def test_reproduce_stops_at_a_failed_cell_and_names_it(project):
     done = reproduce("--scale", "cpu", "-p", "seeds", "[1, 2]", root=project, out=project)
     assert done.returncode == 1
-    assert (
-        "41_second.ipynb, cell 2 (assert scale != 'cpu', seeds): AssertionError: [1, 2]"
-        in done.stderr
-    )
+    place = "41_second.ipynb, cell 2 (assert scale != 'cpu', seeds)"
+    assert f"{place}: AssertionError: [1, 2]" in done.stderr
     assert "FAILED" in done.stdout
 
 
@@ -124,12 +128,16 @@ def test_reproduce_stops_at_a_failed_cell_and_names_it(project):
             "parameter 'scale': no selected notebook declares it",
         ),
         (["--scale", "papr"], "--scale papr: unknown; did you mean 'paper'?"),
-        (["--only", "secand"], "--only secand: no notebook of that name"),
+        (
+            ["--only", "secand"],
+            "--only secand: no notebook of that name; did you mean '41_second'?",
+        ),
     ],
 )
 def test_reproduce_refuses_what_no_notebook_knows(project, args, message):
     done = reproduce(*args, root=project, out=project)
-    assert done.returncode == 1 and message in done.stderr
+    assert done.returncode == 1
+    assert message in done.stderr
     assert not (project / "out").exists()
 
 
@@ -137,16 +145,8 @@ def test_reproduce_runs_the_kernel_of_its_own_environment(project, tmp_path):
     """Even where another kernel named python3 comes first on Jupyter's path."""
     spec = tmp_path / "jupyter" / "kernels" / "python3"
     spec.mkdir(parents=True)
-    spec.joinpath("kernel.json").write_text(
-        json.dumps(
-            {
-                "argv": ["/bin/false", "{connection_file}"],
-                "display_name": "python3",
-                "language": "python",
-            }
-        )
-    )
-    command = [sys.executable, project / "ci" / "run_notebooks.py", "--only", "first"]
-    env = {**os.environ, "JUPYTER_PATH": str(tmp_path / "jupyter"), "DBMTL_OUT": str(project)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT)
+    kernel = {"argv": ["/bin/false", "{connection_file}"]} | KERNEL["kernelspec"]
+    spec.joinpath("kernel.json").write_text(json.dumps(kernel))
+    jupyter_path = str(tmp_path / "jupyter")
+    done = reproduce("--only", "first", root=project, out=project, JUPYTER_PATH=jupyter_path)
     assert done.returncode == 0, done.stderr

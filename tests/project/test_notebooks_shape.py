@@ -1,4 +1,4 @@
-"""The shape of the notebooks: one function a rule, and for each rule a notebook that breaks it."""
+"""The shape of the notebooks: one function a rule, and for each rule notebooks that break it."""
 
 import ast
 import copy
@@ -14,68 +14,59 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNEL = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
 DIRECTIVES = {"default_exp", "export", "exporti", "exports", "hide"}
 LEAKS = {
-    "path": r"(?<![\w.:/])/(?:home|root|Users|tmp|work|usr|opt|var|mnt|private|content)/\w|\b[A-Z]:\\\w",
+    "path": (
+        r"(?<![\w.:/])/(?:home|root|Users|tmp|work|usr|opt|var|mnt|private|content)/\w"
+        r"|\b[A-Z]:\\\w"
+    ),
     "date": r"\b20\d\d-[01]\d-[0-3]\d\b",
     "clock": r"\b\d\d:\d\d:\d\d\b|\d:\d\d<|\b(?:wall|CPU) times?\b",
     "timing": r"\bit/s\b|\bs/it\b|\d ?(?:ms|µs|μs|ns)\b",
     "address": r"\b0x[0-9a-fA-F]{6,}\b",
     "progress bar": r"\d%\|",
 }
+# the folders of dbmtl/ and the modules beside them: each imports from those before it alone
+LAYERS = [
+    "core",
+    "loss_balancing",
+    "gradient_balancing",
+    "dbmtl",
+    "registry",
+    "profile",
+    "data",
+    "models",
+    "benchmarks",
+    "experiments",
+    "report",
+    "run",
+    "prepare",
+]
+RESULTS = ("15_paper/", "16_studies/", "17_site/")  # folders of notebooks without a module
+# folders whose notebooks show their class early: in the end ("02_", "03_", "04_dbmtl")
+EARLY = ()
 
 
-class Page:
-    """A notebook and what the rules ask of it."""
-
-    def __init__(self, name, raw):
-        self.name, self.raw = name, raw  # the name is the path below nbs/, without the suffix
-        self.cells = [Cell(cell) for cell in raw["cells"]]
-        self.code = [cell for cell in self.cells if cell.kind == "code"]
-        self.is_index = name == "index"
-        self.module = next(
-            (arg for cell in self.code for word, arg in cell.directives if word == "default_exp"),
-            None,
-        )
-
-    @classmethod
-    def read(cls, path):
-        name = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
-        return cls(name, json.loads(path.read_text(encoding="utf-8")))
-
-
-class House(NamedTuple):
-    """Where each module comes from, and what it imports."""
-
-    notebooks: dict  # module -> name of the notebook that exports it
-    imports: dict  # module -> the modules that it imports
-
-    def reach(self, module):
-        """The modules that importing a module loads, itself included."""
-        reached, waiting = set(), [module]
-        while waiting:
-            current = waiting.pop()
-            if current not in reached:
-                reached.add(current)
-                waiting += self.imports.get(current, ())
-        return reached
+# --------------------------------------------------------------- what the rules ask of a notebook
 
 
 class Cell:
+    """A cell and what it holds."""
+
     def __init__(self, raw):
-        self.raw, self.kind, self.source = raw, raw["cell_type"], "".join(raw["source"])
+        self.raw = raw
+        self.kind = raw["cell_type"]
+        self.source = "".join(raw["source"])
         self.tags = raw["metadata"].get("tags", [])
-        self.directives = (
-            re.findall(r"^#\| *(\w+) *(.*?) *$", self.source, flags=re.M)
-            if self.kind == "code"
-            else []
-        )
-        words = {word for word, _ in self.directives}
-        self.exported, self.hidden = (
-            any(word.startswith("export") for word in words),
-            "hide" in words,
-        )
+        self.directives = []  # [(word, argument)] of the lines `#| word argument`
+        if self.kind == "code":
+            self.directives = re.findall(r"^#\| *(\w+) *(.*?) *$", self.source, flags=re.M)
+        words = [word for word, _ in self.directives]
+        self.exported = any(word.startswith("export") for word in words)
+        self.hidden = "hide" in words
+        self.shown = self.kind == "code" and not self.exported and not self.hidden
 
     @cached_property
     def tree(self):
+        """The parsed source; empty where it does not parse, which is another rule's business."""
         try:
             return ast.parse(self.source)
         except SyntaxError:
@@ -83,73 +74,130 @@ class Cell:
 
     @property
     def definitions(self):
-        return [
-            n
-            for n in self.tree.body
-            if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-        ]
+        kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+        return [node for node in self.tree.body if isinstance(node, kinds)]
 
     @property
     def public(self):
+        """The public names that the cell defines."""
         return [node.name for node in self.definitions if not node.name.startswith("_")]
 
     @property
+    def imports(self):
+        """For each statement of the cell: is it an import?"""
+        return [isinstance(node, ast.Import | ast.ImportFrom) for node in self.tree.body]
+
+    @property
     def only_imports(self):
-        return bool(self.tree.body) and all(
-            isinstance(node, ast.Import | ast.ImportFrom) for node in self.tree.body
-        )
+        return bool(self.imports) and all(self.imports)
 
     @property
     def names(self):
-        nodes = [node for node in ast.walk(self.tree) if isinstance(node, ast.Name | ast.Attribute)]
-        return {node.id if isinstance(node, ast.Name) else node.attr for node in nodes}
+        """Every name and attribute that the cell mentions."""
+        nodes = list(ast.walk(self.tree))
+        plain = {node.id for node in nodes if isinstance(node, ast.Name)}
+        return plain | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
     @property
     def asserts(self):
         """An assert statement, or a call of something named assert_..., test_... or expect_..."""
-        calls = any(re.match(r"(assert|test|expect)_", name) for name in self.names)
-        return calls or any(isinstance(node, ast.Assert) for node in ast.walk(self.tree))
+        if any(re.match(r"(assert|test|expect)_", name) for name in self.names):
+            return True
+        return any(isinstance(node, ast.Assert) for node in ast.walk(self.tree))
 
 
-def length(node):
-    """Lines of a definition without its docstrings, decorators included."""
-    first = min([node.lineno, *(item.lineno for item in node.decorator_list)])
-    lines = node.end_lineno - first + 1
-    for part in ast.walk(node):
-        if (
-            isinstance(part, ast.FunctionDef | ast.ClassDef)
-            and ast.get_docstring(part, clean=False) is not None
-        ):
-            lines -= part.body[0].end_lineno - part.body[0].lineno + 1
-    return lines
+class Page:
+    """A notebook. Its name is the path below nbs/ without the suffix."""
+
+    def __init__(self, name, raw):
+        self.name = name
+        self.raw = raw
+        self.cells = [Cell(cell) for cell in raw["cells"]]
+        self.code = [cell for cell in self.cells if cell.kind == "code"]
+        self.markdown = [cell for cell in self.cells if cell.kind == "markdown"]
+        self.is_index = name == "index"
+        self.module = None  # what it exports, as a name below `dbmtl`
+        for cell in self.code:
+            for word, argument in cell.directives:
+                if word == "default_exp":
+                    self.module = argument
+
+    @classmethod
+    def read(cls, path):
+        name = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+        return cls(name, json.loads(path.read_text(encoding="utf-8")))
+
+    @property
+    def prose(self):
+        return "\n".join(cell.source for cell in self.markdown)
 
 
-def words(text):
-    """How many words of prose a cell has: tables, displayed equations and symbols do not count."""
+class House(NamedTuple):
+    """Where each module comes from, and what it imports, as names below `dbmtl`."""
+
+    notebooks: dict  # module -> name of the notebook that exports it
+    imports: dict  # module that is there -> the modules of dbmtl that it imports
+
+    @classmethod
+    def read(cls, pages, package):
+        """The notebooks `pages` and the modules in the folder `package`."""
+        imports = {}
+        for path in sorted(package.rglob("*.py")):
+            module = ".".join(path.relative_to(package).with_suffix("").parts)
+            if not module.endswith(".__init__"):  # nbdev makes those of the folders
+                imports[module] = modules_imported(path, package)
+        return cls({page.module: page.name for page in pages if page.module}, imports)
+
+    def loaded_by(self, module):
+        """The modules that importing a module loads, itself included."""
+        loaded = set()
+        waiting = [module]
+        while waiting:
+            current = waiting.pop()
+            if current not in loaded:
+                loaded.add(current)
+                waiting += self.imports.get(current, ())
+        return loaded
+
+
+def modules_imported(path, package):
+    """The modules of the package that a file of it imports, by relative or absolute name."""
+    folder = path.relative_to(package).parent.parts
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            parts = node.module.split(".")
+            if node.level:
+                modules.add(".".join([*folder[: len(folder) - node.level + 1], *parts]))
+            elif node.module.startswith("dbmtl."):
+                modules.add(".".join(parts[1:]))
+    return modules
+
+
+def count_words(text):
+    """Words of prose: tables, displayed equations and symbols do not count."""
     text = re.sub(r"\$\$.*?\$\$|\$[^$]*\$|```.*?```", " ", text, flags=re.S)
     text = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("|"))
     return len(re.findall(r"[A-Za-z][\w'-]*", text))
 
 
-def texts(cell):
+def texts_displayed(cell):
     """Every text that the outputs of a cell hold; pictures as bytes are not text."""
     for output in cell.raw.get("outputs", []):
         yield "".join(output.get("text", ""))
         for mime, data in output.get("data", {}).items():
-            if not mime.startswith("image/") or mime == "image/svg+xml":
-                yield (
-                    data
-                    if isinstance(data, str)
-                    else "".join(data)
-                    if isinstance(data, list)
-                    else json.dumps(data)
-                )
+            if mime.startswith("image/") and mime != "image/svg+xml":
+                continue
+            yield json.dumps(data) if isinstance(data, dict) else "".join(data)
 
+
+# -------------------------------------------------------------------------------------- the rules
 
 RULES = {}
 
 
 def rule(function):
+    """A rule takes a page and the house, and yields a line for whatever breaks it."""
     RULES[function.__name__] = function
     return function
 
@@ -166,37 +214,46 @@ def every_cell_parses(page, house):
 
 @rule
 def imports_go_downward(page, house):
-    """`from dbmtl.x import y`, in exported cells from notebooks that come before this one. What a cell shows may use any
-    module that does not load this notebook's own: the process would hold every class of it twice."""
+    """`from dbmtl.x import y`, in exported cells from notebooks that come before this one.
+
+    What a cell shows may use any module that does not load this notebook's own: the process
+    would hold every class of it twice.
+    """
     may_import_all = page.is_index or page.module == "__init__"
-    for cell, node in ((cell, node) for cell in page.code for node in ast.walk(cell.tree)):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-            forbidden = [name for name in names if name.startswith("dbmtl.") or "nbdev" in name]
-            yield from (f"import {name}" for name in forbidden)
-            if "dbmtl" in names and not may_import_all:
-                yield "import dbmtl"
-        if isinstance(node, ast.ImportFrom):
-            if node.level or any(alias.name == "*" for alias in node.names):
-                yield f"relative or star import: {ast.unparse(node)}"
-            elif node.module == "dbmtl":
-                if not may_import_all:
-                    yield f"{ast.unparse(node)}: name the module that defines it"
-            elif node.module.startswith("dbmtl."):
-                module = node.module.removeprefix("dbmtl.")
-                if module not in house.notebooks:
-                    yield f"{ast.unparse(node)}: no notebook exports {module}"
-                elif page.module and page.module in house.reach(module):
-                    yield f"{ast.unparse(node)}: {module} loads {page.module}"
-                elif cell.exported and house.notebooks[module] >= page.name:
-                    yield f"{ast.unparse(node)}: {module} is not below {page.name}"
+    for cell in page.code:
+        for node in ast.walk(cell.tree):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    whole_package = alias.name == "dbmtl" and not may_import_all
+                    if whole_package or alias.name.startswith("dbmtl.") or "nbdev" in alias.name:
+                        yield f"import {alias.name}"
+            if isinstance(node, ast.ImportFrom):
+                text = ast.unparse(node)
+                if node.level or any(alias.name == "*" for alias in node.names):
+                    yield f"relative or star import: {text}"
+                elif node.module == "dbmtl" and not may_import_all:
+                    yield f"{text}: name the module that defines it"
+                elif node.module.startswith("dbmtl."):
+                    module = node.module.removeprefix("dbmtl.")
+                    yield from (f"{text}: {why}" for why in objections(module, cell, page, house))
+
+
+def objections(module, cell, page, house):
+    """Why a cell of a page may not import a module."""
+    if module not in house.notebooks:
+        yield f"no notebook exports {module}"
+    elif page.module and page.module in house.loaded_by(module):
+        yield f"{module} loads {page.module}"
+    elif cell.exported and house.notebooks[module] >= page.name:
+        yield f"{module} is not below {page.name}"
 
 
 @rule
 def imports_have_cells_of_their_own(page, house):
-    for cell in [] if page.is_index else page.code:  # the README's example stands alone
-        kinds = {isinstance(node, ast.Import | ast.ImportFrom) for node in cell.tree.body}
-        if kinds == {True, False}:
+    if page.is_index:  # the README's example stands alone
+        return
+    for cell in page.code:
+        if any(cell.imports) and not all(cell.imports):
             yield cell.source.splitlines()[0]
 
 
@@ -208,17 +265,15 @@ def first_cells(page, house):
         if cells[0].source.strip() != f"#| default_exp {page.module}":
             yield "the first cell is not `#| default_exp name`"
         cells = cells[1:]
-    if not re.match(r"# \S[^\n]*\n+> \S", cells[0].source) or cells[0].kind != "markdown":
+    title, introduction = cells[:2]
+    if title.kind != "markdown" or not re.match(r"# \S[^\n]*\n+> \S", title.source):
         yield "no cell `# Title` with `> one sentence`"
-    heads = re.findall(
-        r"^# ", "\n".join(cell.source for cell in page.cells if cell.kind == "markdown"), flags=re.M
-    )
-    if len(heads) != 1:
-        yield f"{len(heads)} first-level headings"
-    if not page.is_index and not (
-        cells[1].kind == "markdown" and 60 <= words(cells[1].source) <= 150
-    ):
-        yield f"the introduction has {words(cells[1].source)} words"
+    titles = re.findall(r"^# ", page.prose, flags=re.M)
+    if len(titles) != 1:
+        yield f"{len(titles)} first-level headings"
+    number = count_words(introduction.source) if introduction.kind == "markdown" else 0
+    if not page.is_index and not 60 <= number <= 150:
+        yield f"the introduction has {number} words"
     exported = [cell for cell in page.code if cell.exported]
     if any(cell.only_imports for cell in exported) and not exported[0].only_imports:
         yield "the first exported cell is not the imports"
@@ -226,31 +281,49 @@ def first_cells(page, house):
 
 @rule
 def no_name_is_defined_twice(page, house):
-    seen = [node.name for cell in page.code for node in cell.definitions]
-    yield from sorted({name for name in seen if seen.count(name) > 1 and not name.startswith("_")})
+    names = [name for cell in page.code for name in cell.public]
+    yield from sorted({name for name in names if names.count(name) > 1})
 
 
 @rule
 def exports_are_demonstrated(page, house):
-    """Within three code cells of its definition a public name is used in view, and something is asserted in view."""
+    """Within three code cells of its definition a public name is used in view, and something is
+    asserted in view."""
     for position, cell in enumerate(page.code):
-        if cell.exported and not cell.hidden:
-            after = [
-                c for c in page.code[position + 1 : position + 4] if not c.exported and not c.hidden
-            ]
-            for name in cell.public:
-                if not any(name in c.names for c in after) or not any(c.asserts for c in after):
-                    yield name
+        if not cell.exported or cell.hidden:
+            continue
+        following = [other for other in page.code[position + 1 : position + 4] if other.shown]
+        asserted = any(other.asserts for other in following)
+        for name in cell.public:
+            if not asserted or not any(name in other.names for other in following):
+                yield name
+
+
+@rule
+def classes_are_in_use_early(page, house):
+    """A class that bears the notebook's name is used in view within the first third, or within
+    the first twelve cells of a short notebook."""
+    if not page.module or not page.name.startswith(EARLY):
+        return
+    bare_name = page.module.rpartition(".")[2].replace("_", "")
+    public = [name for cell in page.code if cell.exported for name in cell.public]
+    early = page.cells[: max(12, len(page.cells) // 3)]
+    for name in public:
+        if name.lower() == bare_name and not any(c.shown and name in c.names for c in early):
+            yield f"{name} is not in use within the first {len(early)} cells"
 
 
 @rule
 def prose_between_code(page, house):
     """At most three code cells in a row, cells of imports aside."""
-    row = 0
+    in_a_row = 0
     for cell in page.cells:
-        row = 0 if cell.kind == "markdown" else row + (not cell.only_imports)
-        if row == 4:
-            yield f"four code cells in a row, the last: {cell.source.splitlines()[0]}"
+        if cell.kind == "markdown":
+            in_a_row = 0
+        elif not cell.only_imports:
+            in_a_row += 1
+            if in_a_row == 4:
+                yield f"four code cells in a row, the last: {cell.source.splitlines()[0]}"
 
 
 @rule
@@ -264,10 +337,12 @@ def little_is_hidden(page, house):
 def directives_lead_their_cell(page, house):
     """A directive below any other line is silently not one."""
     for cell in page.code:
-        head = re.match(r"(?:#\|[^\n]*(?:\n|$))*", cell.source).end()
-        yield from re.findall(r"^\s*#\s*\|.*", cell.source[head:], flags=re.M)
+        end_of_head = re.match(r"(?:#\|[^\n]*(?:\n|$))*", cell.source).end()
+        head = cell.source[:end_of_head]
+        body = cell.source[end_of_head:]
+        yield from re.findall(r"^\s*#\s*\|.*", body, flags=re.M)
         yield from (word for word, _ in cell.directives if word not in DIRECTIVES)
-        yield from re.findall(r"^#\|\W*$", cell.source[:head], flags=re.M)
+        yield from re.findall(r"^#\|\W*$", head, flags=re.M)
 
 
 @rule
@@ -277,33 +352,39 @@ def comments_are_not_captions(page, house):
         yield from re.findall(r"^\s*#\s*(?:\d+[.)]\s|[-=#*]{3,}).*", cell.source, flags=re.M)
         for node in ast.walk(cell.tree):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print":
-                if any(isinstance(arg, ast.JoinedStr) for arg in node.args):
+                if any(isinstance(argument, ast.JoinedStr) for argument in node.args):
                     yield ast.unparse(node)
 
 
 @rule
 def parameters(page, house):
-    """One cell tagged parameters where a notebook exports nothing, at most one elsewhere, of lines
-    `name = literal  # comment`."""
+    """One cell tagged parameters where a notebook exports nothing, at most one elsewhere, of
+    lines `name = literal  # comment`."""
     tagged = [cell for cell in page.cells if "parameters" in cell.tags]
-    if len(tagged) > 1 or (not tagged and not page.module and not page.is_index):
+    needs_one = not page.module and not page.is_index
+    if len(tagged) > 1 or (needs_one and not tagged):
         yield f"{len(tagged)} cells tagged parameters"
-    for line in (line for cell in tagged for line in cell.source.splitlines() if line.strip()):
-        try:
-            node = ast.parse(line).body[0]
-            ast.literal_eval(node.value)
-            correct = isinstance(node, ast.Assign) and re.search(r"  # \S", line)
-        except (SyntaxError, ValueError, AttributeError, IndexError):
-            correct = False
-        if not correct:
-            yield f"not `name = literal  # comment`: {line}"
-    yield from (f"tag {tag}" for cell in page.cells for tag in cell.tags if tag != "parameters")
+    for cell in tagged:
+        for line in cell.source.splitlines():
+            if line.strip() and not is_parameter(line):
+                yield f"not `name = literal  # comment`: {line}"
+    for cell in page.cells:
+        yield from (f"tag {tag}" for tag in cell.tags if tag != "parameters")
+
+
+def is_parameter(line):
+    """Is the line `name = literal  # comment`?"""
+    try:
+        (statement,) = ast.parse(line).body
+        ast.literal_eval(statement.value)
+    except (SyntaxError, ValueError, AttributeError):
+        return False
+    return isinstance(statement, ast.Assign) and bool(re.search(r"  # \S", line))
 
 
 @rule
 def tables_and_figures_export_nothing(page, house):
-    of_results = page.name.startswith(("15_paper/", "16_studies/", "17_site/"))
-    if of_results and page.module not in (None, "__init__"):
+    if page.name.startswith(RESULTS) and page.module not in (None, "__init__"):
         yield "notebooks of results export nothing"
     if any(cell.exported for cell in page.code) and not page.module:
         yield "exports without default_exp"
@@ -312,23 +393,19 @@ def tables_and_figures_export_nothing(page, house):
 @rule
 def metadata(page, house):
     """The same kernel everywhere, nbformat 4.5, an own id a cell, no execution counts."""
-    if page.raw["metadata"] != KERNEL or (page.raw["nbformat"], page.raw["nbformat_minor"]) != (
-        4,
-        5,
-    ):
-        yield f"metadata {page.raw['metadata']}, nbformat {page.raw['nbformat']}.{page.raw['nbformat_minor']}"
+    if page.raw["metadata"] != KERNEL:
+        yield f"metadata {page.raw['metadata']}"
+    version = f"{page.raw['nbformat']}.{page.raw['nbformat_minor']}"
+    if version != "4.5":
+        yield f"nbformat {version}"
     ids = [cell.raw.get("id", "") for cell in page.cells]
-    yield from {
-        f"id {name!r}"
-        for name in ids
-        if ids.count(name) > 1 or not re.fullmatch(r"[\w-]{1,64}", name)
-    }
+    for name in sorted(set(ids)):
+        if ids.count(name) > 1 or not re.fullmatch(r"[\w-]{1,64}", name):
+            yield f"id {name!r}"
     for cell in page.code:
-        counts = [
-            cell.raw["execution_count"],
-            *(out.get("execution_count") for out in cell.raw["outputs"]),
-        ]
-        yield from (f"execution count {count}" for count in counts if count is not None)
+        for part in [cell.raw, *cell.raw["outputs"]]:
+            if part.get("execution_count") is not None:
+                yield f"execution count {part['execution_count']}"
         yield from (f"metadata {key}" for key in cell.raw["metadata"] if key != "tags")
 
 
@@ -343,64 +420,76 @@ def outputs_are_stable(page, house):
     """No errors, warnings, widgets, paths, dates, timings or addresses."""
     for cell in page.code:
         for output in cell.raw["outputs"]:
-            if output["output_type"] == "error" or output.get("name") == "stderr":
-                yield f"{output['output_type']} {output.get('name', output.get('ename'))}"
+            if output["output_type"] == "error":
+                yield f"error {output['ename']}"
+            if output.get("name") == "stderr":
+                yield "a message on stderr"
             yield from (mime for mime in output.get("data", {}) if "widget" in mime)
-        for text in texts(cell):
-            yield from (
-                f"{kind}: {found[0]}"
-                for kind, regex in LEAKS.items()
-                if (found := re.search(regex, text))
-            )
+        for text in texts_displayed(cell):
+            for kind, pattern in LEAKS.items():
+                if leak := re.search(pattern, text):
+                    yield f"{kind}: {leak[0]}"
 
 
 @rule
 def ends_in_a_summary(page, house):
-    heads = re.findall(
-        r"^## (.*)", "\n".join(c.source for c in page.cells if c.kind == "markdown"), flags=re.M
-    )
-    if page.module and page.module != "__init__" and (not heads or heads[-1].strip() != "Summary"):
+    sections = re.findall(r"^## (.*)", page.prose, flags=re.M)
+    if page.module not in (None, "__init__") and [s.strip() for s in sections[-1:]] != ["Summary"]:
         yield "the last section is not `## Summary`"
 
 
-# ------------------------------------------------------------------------------------------------ the project's pages
-
-PAGES = [Page.read(path) for path in sorted(ROOT.glob("nbs/**/*.ipynb"))]
+# ----------------------------------------------------------------------------- rules of the house
 
 
-def imports_of(path):
-    """The modules of dbmtl that an exported file imports, as names below `dbmtl`."""
-    package = path.relative_to(ROOT / "dbmtl").parent.parts
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = package[: len(package) - node.level + 1]
-            yield ".".join([*base, *(node.module or "").split(".")]).strip(".")
+def modules_without_a_notebook(house):
+    """nbdev_export leaves the module of a notebook that went away."""
+    return sorted(set(house.imports) - set(house.notebooks) - {"_modidx"})
 
 
-MODULE_FILES = {
-    path.relative_to(ROOT / "dbmtl").with_suffix("").as_posix().replace("/", "."): path
-    for path in sorted(ROOT.glob("dbmtl/**/*.py"))
-    if path.parent == ROOT / "dbmtl" or path.name != "__init__.py"
-}
-HOUSE = House(
-    {page.module: page.name for page in PAGES if page.module},
-    {module: set(imports_of(path)) for module, path in MODULE_FILES.items()},
-)
-LAYERS = [
-    "core",
-    "loss_balancing",
-    "gradient_balancing",
-    "dbmtl",
-    "registry",
-    "profile",
-    "data",
-    "models",
-    "benchmarks",
-    "experiments",
-    "report",
-    "run",
-    "prepare",
+def layer_of(module):
+    return LAYERS.index(module.split(".")[0])
+
+
+def upward_imports(house):
+    """Imports of a module in a layer above."""
+    upward = []
+    for module, imported in house.imports.items():
+        if module not in ("__init__", "_modidx"):
+            higher = [other for other in imported if layer_of(other) > layer_of(module)]
+            upward += [f"{module} imports {other}" for other in sorted(higher)]
+    return upward
+
+
+def names_unlike_their_modules(pages):
+    """Notebooks that are not called as their module is, with two digits before each part."""
+    wrong = []
+    for page in pages:
+        if not re.fullmatch(r"(?:\d\d_[a-z0-9_]+/)?\d\d_[a-z0-9_]+|index", page.name):
+            wrong.append(page.name)
+        elif page.module not in (None, "__init__"):
+            bare_name = "/".join(part[3:] for part in page.name.split("/"))
+            if bare_name != page.module.replace(".", "/"):
+                wrong.append(page.name)
+    return wrong
+
+
+def shared_numbers(pages):
+    """Numbers that two notebooks of one folder have."""
+    places = []
+    for page in pages:
+        folder, _, file = page.name.rpartition("/")
+        places.append(f"{folder}/{file[:2]}".lstrip("/"))
+    return sorted({place for place in places if places.count(place) > 1})
+
+
+# ---------------------------------------------------------------------------- the project's pages
+
+PAGES = [
+    Page.read(path)
+    for path in sorted(ROOT.glob("nbs/**/*.ipynb"))
+    if ".ipynb_checkpoints" not in path.parts
 ]
+HOUSE = House.read(PAGES, ROOT / "dbmtl")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -411,37 +500,33 @@ def test_notebook_keeps_the_rule(name, page):
 
 def test_modules_are_those_that_the_notebooks_export():
     exported = [page.module for page in PAGES if page.module]
-    assert sorted(exported) == sorted(set(exported)), "two notebooks export one module"
-    assert set(MODULE_FILES) - {"_modidx"} == set(exported)
+    assert len(exported) == len(set(exported)), "two notebooks export one module"
+    assert modules_without_a_notebook(HOUSE) == []
+    assert set(exported) <= set(HOUSE.imports)
 
 
 def test_arrows_between_folders_run_one_way():
-    upward = [
-        f"{module} imports {other}"
-        for module, others in HOUSE.imports.items()
-        for other in others
-        if module not in ("__init__", "_modidx")
-        and LAYERS.index(other.split(".")[0]) > LAYERS.index(module.split(".")[0])
-    ]
-    assert upward == []
+    assert upward_imports(HOUSE) == []
 
 
-def test_folders_and_names_of_notebooks_mirror_the_modules():
+def test_folders_of_notebooks_are_numbered_by_layer():
+    layers = []
     for page in PAGES:
-        assert re.fullmatch(r"(?:\d\d_[a-z0-9_]+/)?\d\d_[a-z0-9_]+|index", page.name), page.name
-        if page.module not in (None, "__init__"):
-            plain = "/".join(part[3:] for part in page.name.split("/"))
-            assert plain == page.module.replace(".", "/"), page.name
+        layer = page.name.split("/")[0][3:]
+        if page.module not in (None, "__init__") and layer not in layers:
+            layers.append(layer)
+    assert layers == LAYERS
+
+
+def test_names_of_notebooks_mirror_the_modules():
+    assert names_unlike_their_modules(PAGES) == []
 
 
 def test_no_two_notebooks_of_a_folder_have_one_number():
-    places = [
-        page.name.rpartition("/")[0] + "/" + page.name.rpartition("/")[2][:2] for page in PAGES
-    ]
-    assert len(set(places)) == len(places)
+    assert shared_numbers(PAGES) == []
 
 
-# -------------------------------------------------------------------------------------- each rule can fail, and does
+# ------------------------------------------------------------------ each rule can fail, and does
 
 
 def cell(source, kind="code", tags=(), text=None):
@@ -462,7 +547,7 @@ def cell(source, kind="code", tags=(), text=None):
 
 
 def page(name="05_good", change=lambda cells: None):
-    """A short notebook that keeps every rule, after `change` has had its way with the list of cells."""
+    """A short notebook that keeps every rule, after `change` has changed the list of its cells."""
     cells = [
         cell("#| default_exp good"),
         cell("# Title\n> One sentence", "markdown"),
@@ -471,16 +556,12 @@ def page(name="05_good", change=lambda cells: None):
         cell("## One", "markdown"),
         cell('#| export\ndef one(x):\n    "One."\n    return x'),
         cell("assert one(2) == 2\none(2)", text="2"),
+        *[cell(f"Sentence {number}.", "markdown") for number in range(20)],
+        cell("## Summary\nDone.", "markdown"),
     ]
-    cells += [cell(f"Sentence {i}.", "markdown") for i in range(20)] + [
-        cell("## Summary\nDone.", "markdown")
-    ]
-    cells = copy.deepcopy(cells)
     change(cells)
-    return Page(
-        name,
-        {"cells": cells, "metadata": KERNEL, "nbformat": 4, "nbformat_minor": 5},
-    )
+    raw = {"cells": cells, "metadata": KERNEL, "nbformat": 4, "nbformat_minor": 5}
+    return Page(name, copy.deepcopy(raw))
 
 
 def put(*new, at=7):
@@ -493,6 +574,17 @@ def replace(at, **keys):
 
 PARAMETERS = cell("scale = 'smoke'  # how much\nseeds = [0]  # which", tags=["parameters"])
 STDERR = [{"output_type": "stream", "name": "stderr", "text": "a warning"}]
+ERROR = [{"output_type": "error", "ename": "E", "evalue": "", "traceback": []}]
+UNSTABLE = [
+    "/" + "home/me/file",
+    "'/" + "root/x.csv'",
+    "2026-01-31",
+    "12:30:59",
+    "100%|###| 3/3 [00:01<00:00, 2.1it/s]",
+    "<Thing at 0x7f00aa11>",
+    "1.4 ms",
+]
+LATE_CLASS = cell("#| export\nclass Good:\n    pass")
 BAD = {
     "every_cell_parses": [
         page(change=put(cell("%matplotlib inline"))),
@@ -507,6 +599,7 @@ BAD = {
         page(change=put(cell("from dbmtl.low import *"))),
         page(change=put(cell("from .low import thing"))),
         page(change=put(cell("import dbmtl.low"))),
+        page(change=put(cell("import dbmtl"))),
         page(change=put(cell("from dbmtl import DBMTL"))),
     ],
     "imports_have_cells_of_their_own": [page(change=put(cell("import math\nmath.pi")))],
@@ -523,6 +616,10 @@ BAD = {
         page(change=replace(6, source="one(2)")),
         page(change=replace(6, source="#| hide\nassert one(2) == 2")),
         page(change=put(*[cell(f"{i}") for i in range(3)], at=6)),
+    ],
+    "classes_are_in_use_early": [
+        page(change=put(LATE_CLASS, cell("Good()"), at=20)),
+        page(change=put(LATE_CLASS, cell("#| hide\nGood()"))),
     ],
     "prose_between_code": [page(change=put(*[cell(f"{i}") for i in range(3)]))],
     "little_is_hidden": [page(change=put(cell("#| hide\n1"), cell("#| hide\n2")))],
@@ -542,6 +639,8 @@ BAD = {
         page("45_good", put(PARAMETERS, cell("n = 1  # many", tags=["parameters"]))),
         page("45_good", put(cell("n = 2 * 3  # many", tags=["parameters"]))),
         page("45_good", put(cell("n = 2", tags=["parameters"]))),
+        page("45_good", put(cell("n = 2; k = 3  # many", tags=["parameters"]))),
+        page("45_good", put(cell("1", tags=["hide-input"]))),
     ],
     "tables_and_figures_export_nothing": [
         page("15_paper/01_good"),
@@ -549,54 +648,132 @@ BAD = {
     ],
     "metadata": [
         page(change=replace(6, id="")),
-        page(change=lambda cells: cells.append(copy.deepcopy(cells[-1]))),
+        page(change=lambda cells: cells.append(cells[-1])),
         page(change=replace(6, execution_count=3)),
         page(change=replace(6, metadata={"collapsed": True})),
     ],
     "no_conflict_is_left": [page(change=put(cell("`<<<<<<< HEAD`", "markdown")))],
     "outputs_are_stable": [
         page(change=replace(6, outputs=STDERR)),
-        page(
-            change=replace(
-                6, outputs=[{"output_type": "error", "ename": "E", "evalue": "", "traceback": []}]
-            )
-        ),
-        *(
-            page(change=put(cell("x", text=text)))
-            for text in (
-                "/" + "home/me/file",
-                "'/" + "root/x.csv'",
-                "2026-01-31",
-                "12:30:59",
-                "100%|###| 3/3 [00:01<00:00, 2.1it/s]",
-                "<Thing at 0x7f00aa11>",
-                "1.4 ms",
-            )
-        ),
+        page(change=replace(6, outputs=ERROR)),
+        *[page(change=put(cell("x", text=text))) for text in UNSTABLE],
     ],
     "ends_in_a_summary": [page(change=lambda cells: cells.pop())],
 }
-
-
 SMALL_HOUSE = House(
-    {"low": "01_low", "good": "05_good", "high": "07_high", "above": "08_above", "__init__": "90"},
-    {"good": {"low"}, "above": {"high", "good"}},
+    notebooks={
+        "low": "01_low",
+        "good": "05_good",
+        "high": "07_high",
+        "above": "08_above",
+        "__init__": "90_names",
+    },
+    imports={"good": {"low"}, "above": {"high", "good"}},
 )
 
 
-def found(name, bad):
+def broken(name, bad):
     return list(RULES[name](bad, SMALL_HOUSE))
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_rule_passes_a_good_notebook(name):
-    assert found(name, page()) == []
+@pytest.fixture
+def early(monkeypatch):
+    """The small notebook's folder is one of those that show their class early."""
+    monkeypatch.setitem(globals(), "EARLY", ("05_",))
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_rule_catches_its_bad_notebooks(name):
-    assert [number for number, bad in enumerate(BAD[name]) if not found(name, bad)] == []
+def test_rule_passes_a_good_notebook(name, early):
+    assert broken(name, page()) == []
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rule_catches_its_bad_notebooks(name, early):
+    assert [number for number, bad in enumerate(BAD[name]) if not broken(name, bad)] == []
 
 
 def test_parameters_rule_passes_a_good_experiment():
-    assert found("parameters", page("45_good", put(PARAMETERS))) == []
+    assert broken("parameters", page("45_good", put(PARAMETERS))) == []
+
+
+def test_a_class_that_is_used_at_once_is_early_enough(early):
+    assert broken("classes_are_in_use_early", page(change=put(LATE_CLASS, cell("Good()")))) == []
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A folder of modules: core.ema, report.style that imports it, and the files of nbdev."""
+    files = {
+        "__init__.py": "from importlib import import_module\n",
+        "_modidx.py": "d = {}\n",
+        "core/__init__.py": "",
+        "core/ema.py": "import torch\n",
+        "report/__init__.py": "",
+        "report/style.py": "from ..core.ema import EMA\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+NOTEBOOKS = {
+    "01_core/05_ema": "core.ema",
+    "11_report/01_style": "report.style",
+    "17_site/04_public_names": "__init__",
+}
+
+
+def pages_of(modules):
+    """Pages of these names that export these modules: {name: module}."""
+    pages = []
+    for name, module in modules.items():
+        pages.append(page(name, replace(0, source=f"#| default_exp {module}")))
+    return pages
+
+
+def test_a_good_package_has_nothing_stale_and_nothing_upward(package):
+    house = House.read(pages_of(NOTEBOOKS), package)
+    assert house.imports["report.style"] == {"core.ema"}
+    assert modules_without_a_notebook(house) == []
+    assert upward_imports(house) == []
+
+
+def test_a_module_without_a_notebook_is_found(package):
+    (package / "core" / "average.py").write_text("")
+    house = House.read(pages_of(NOTEBOOKS), package)
+    assert modules_without_a_notebook(house) == ["core.average"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from ..report.style import colour",
+        "from dbmtl.report.style import (\n    colour,\n)",
+        "def later():\n    from ..report.style import colour",
+    ],
+)
+def test_an_upward_arrow_is_found(line, package):
+    (package / "core" / "ema.py").write_text(line)
+    house = House.read(pages_of(NOTEBOOKS), package)
+    assert upward_imports(house) == ["core.ema imports report.style"]
+
+
+@pytest.mark.parametrize(
+    "name, module",
+    [
+        ("01_core/05_average", "core.ema"),
+        ("01_core/05_ema", "ema"),
+        ("01_core/ema", "core.ema"),
+        ("02_loss/more/01_log", "loss.more.log"),
+    ],
+)
+def test_a_name_unlike_its_module_is_found(name, module):
+    assert names_unlike_their_modules(pages_of(NOTEBOOKS)) == []
+    assert names_unlike_their_modules(pages_of({name: module})) == [name]
+
+
+def test_a_number_that_two_notebooks_share_is_found():
+    names = {"01_core/05_ema": "core.ema", "01_core/05_files": "core.files", "05_x": "x"}
+    assert shared_numbers(pages_of(NOTEBOOKS)) == []
+    assert shared_numbers(pages_of(names)) == ["01_core/05"]

@@ -1,4 +1,5 @@
-"""The wheel: it builds, installs into a bare environment, and `import dbmtl` needs torch and numpy alone."""
+"""The wheel and the source archive: they hold every module and asset, install into a bare
+environment, and `import dbmtl` needs torch and numpy alone."""
 
 import json
 import os
@@ -6,8 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
+import zipfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -18,105 +21,137 @@ import dbmtl
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-HEAVY = (
-    "matplotlib seaborn scipy pandas tqdm nbdev fastcore execnb papermill IPython torch_geometric ray dask distributed"
-).split()
+HEAVY = [
+    "matplotlib",
+    "seaborn",
+    "scipy",
+    "pandas",
+    "tqdm",
+    "nbdev",
+    "fastcore",
+    "execnb",
+    "papermill",
+    "IPython",
+    "torch_geometric",
+    "ray",
+    "dask",
+    "distributed",
+]
+IMPORT_ALONE = """
+import sys, json
+before = set(sys.modules)
+import dbmtl
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
 IMPORT = """
 import json, sys, torch, numpy
 before = set(sys.modules)
 import dbmtl
 print(json.dumps([dbmtl.__file__, dbmtl.__version__, sorted(set(sys.modules) - before)]))
 """
-EVERY_NAME = """
+EVERY_NAME = f"""
 import sys, torch, numpy
-sys.modules.update(dict.fromkeys({heavy!r}))      # None: importing it raises
+sys.modules.update(dict.fromkeys({HEAVY!r}))      # None: importing it raises
 import dbmtl
 names = [name for name in dir(dbmtl) if not name.startswith("_")]
 for name in names: getattr(dbmtl, name)
 print(len(names))
 """
+BUILD = """
+import os, sys
+from setuptools import build_meta
+tree, out = sys.argv[1:]
+os.chdir(tree)
+build_meta.build_wheel(out)
+build_meta.build_sdist(out)
+"""
 
 
-def python(executable, code, **env):
-    command = [executable, "-c", code]
+def run(*command, **environment):
+    """What a command prints, outside of the project; it must succeed."""
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        command, cwd="/", env=clean | env, capture_output=True, text=True, timeout=120
+        command, cwd="/", env=clean | environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def needed(*names):
+def python(executable, code, **environment):
+    return run(executable, "-c", code, **environment)
+
+
+def required_by(*names):
     """Installed distributions of these names and of all that they require, extras aside."""
-    found, todo = {}, list(names)
-    while todo:
-        name = todo.pop()
-        if name not in found:
-            try:
-                found[name] = distribution(name)
-            except PackageNotFoundError:
-                continue
-            wants = [Requirement(text) for text in found[name].requires or []]
-            todo += [
-                want.name
-                for want in wants
-                if want.marker is None or want.marker.evaluate({"extra": ""})
-            ]
-    return found.values()
+    distributions = {}
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name in distributions:
+            continue
+        try:
+            distributions[name] = distribution(name)
+        except PackageNotFoundError:
+            continue
+        for text in distributions[name].requires or []:
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(requirement.name)
+    return distributions.values()
+
+
+def files_of_the_package():
+    """Every module and asset that the project has, as paths below its root."""
+    package = ROOT / "dbmtl"
+    paths = [path for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    return {path.relative_to(ROOT).as_posix() for path in paths}
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built from a copy, because setuptools leaves and reads build/ in the tree."""
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+def archives(tmp_path_factory):
+    """Wheel and source archive, built from a copy: setuptools leaves and reads build/ there."""
+    tree = tmp_path_factory.mktemp("tree")
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, tree)
     shutil.copytree(ROOT / "dbmtl", tree / "dbmtl", ignore=shutil.ignore_patterns("__pycache__"))
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        out,
-        tree,
-    ]
-    done = subprocess.run(build, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return next(out.glob("dbmtl-*.whl"))
+    out = tmp_path_factory.mktemp("archives")
+    run(sys.executable, "-c", BUILD, tree, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(archives):
+    (path,) = archives.glob("dbmtl-*.whl")
+    return path
 
 
 @pytest.fixture(scope="module")
 def bare(wheel, tmp_path_factory):
-    """The Python of a new environment that holds torch, numpy, what they require, and the wheel."""
+    """The Python of a new environment: torch, numpy, what they require, and the wheel."""
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder)
     executable = folder / "bin" / "python"
-    site = Path(
-        python(executable, "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-    )
-    for dist in needed("torch", "numpy"):
+    site = python(executable, "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    for dist in required_by("torch", "numpy"):
         for top in {file.parts[0] for file in dist.files} - {"..", "__pycache__"}:
-            if not (site / top).exists():
-                (site / top).symlink_to(dist.locate_file(top))
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        executable,
-        "install",
-        "-q",
-        "--no-deps",
-        wheel,
-    ]
-    done = subprocess.run(install, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+            if not Path(site, top).exists():
+                Path(site, top).symlink_to(dist.locate_file(top))
+    pip = [sys.executable, "-m", "pip", "--python", executable]
+    run(*pip, "install", "-q", "--no-deps", wheel)
     return executable
+
+
+def test_package_wheel_holds_every_module_and_asset(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in names if name.startswith("dbmtl/")} == files_of_the_package()
+
+
+def test_package_source_archive_holds_every_module_and_asset(archives):
+    (path,) = archives.glob("dbmtl-*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert files_of_the_package() <= names
+    assert {"LICENSE", "NOTICE", "README.md", "pyproject.toml"} <= names
 
 
 def test_package_wheel_imports_in_a_bare_environment(bare):
@@ -126,10 +161,16 @@ def test_package_wheel_imports_in_a_bare_environment(bare):
     assert not set(HEAVY) & {name.split(".")[0] for name in modules}
 
 
-def test_package_wheel_carries_its_assets(bare):
-    file, *_ = json.loads(python(bare, IMPORT))
-    tracked = {path.name for path in (ROOT / "dbmtl" / "assets").glob("*")}
-    assert {path.name for path in Path(file).parent.joinpath("assets").glob("*")} == tracked
+@pytest.mark.parametrize("module", ["dbmtl.run", "dbmtl.prepare"])
+def test_package_wheel_has_its_commands(module, bare):
+    assert f"usage: python -m {module}" in run(bare, "-m", module, "--help")
+
+
+def test_package_import_loads_nothing_else():
+    """Neither torch nor any module of the package comes with `import dbmtl`."""
+    modules = json.loads(python(sys.executable, IMPORT_ALONE, PYTHONPATH=str(ROOT)))
+    assert [name for name in modules if name.partition(".")[0] == "dbmtl"] == ["dbmtl"]
+    assert {name.partition(".")[0] for name in modules} <= {"dbmtl", *sys.stdlib_module_names}
 
 
 def test_package_import_is_light():
@@ -139,7 +180,7 @@ def test_package_import_is_light():
 
 
 def test_package_every_public_name_needs_torch_and_numpy_only():
-    count = int(python(sys.executable, EVERY_NAME.format(heavy=HEAVY), PYTHONPATH=str(ROOT)))
+    count = int(python(sys.executable, EVERY_NAME, PYTHONPATH=str(ROOT)))
     assert count >= 3
 
 
@@ -152,13 +193,12 @@ def test_package_requirements():
 def test_package_constraints_are_exact_and_cover_what_the_project_names():
     lines = (ROOT / "ci" / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    assert [
-        name for name, version in pins.items() if not re.fullmatch(r"[\d.]+(post\d+)?", version)
-    ] == []
-    wanted = [
-        text for group in PROJECT["optional-dependencies"].values() for text in group
-    ] + PROJECT["dependencies"]
-    for requirement in map(Requirement, wanted):
+    exact = re.compile(r"[\d.]+(post\d+)?")
+    assert [name for name, version in pins.items() if not exact.fullmatch(version)] == []
+    named = list(PROJECT["dependencies"])
+    for requirements in PROJECT["optional-dependencies"].values():
+        named += requirements
+    for requirement in map(Requirement, named):
         if requirement.name != "dbmtl":
             assert requirement.specifier.contains(pins[requirement.name]), requirement
 
@@ -168,6 +208,5 @@ def test_package_settings_and_version_agree():
     settings = dict(re.findall(r"^(\w+) = (.*)$", text, flags=re.M))
     assert settings["version"] == dbmtl.__version__
     assert settings["requirements"].split() == PROJECT["dependencies"]
-    assert (
-        settings["update_pyproject"] == "False" and settings["allowed_cell_metadata_keys"] == "tags"
-    )
+    assert settings["update_pyproject"] == "False"
+    assert settings["allowed_cell_metadata_keys"] == "tags"

@@ -2,6 +2,8 @@
 
 import os
 import re
+import runpy
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -21,59 +23,51 @@ FOREIGN = {  # written so that this file does not hold what it looks for
     r"<{7} |>{7} ": "tests/project/test_notebooks_shape.py",
 }
 BINARY = {".npz", ".png", ".ico", ".gz"}
+COMMANDS = ["ci/reproduce", "ci/test", "ci/lab", "ci/refresh", ".ci/run"]
 
 
 def tracked():
     """Files that git has or would take; outside a checkout there is nothing to ask."""
-    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    done = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode:
         pytest.skip("not a git checkout")
-    return [Path(name) for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+    return [Path(name) for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
-def foreign(files):
+def sizes():
+    """{path: bytes} of the tracked files."""
+    return {path: (ROOT / path).stat().st_size for path in tracked()}
+
+
+def foreign(texts):
     """(file, words) for each foreign word in a file that may not hold it."""
-    for name, text in files:
+    for name, text in texts:
         for pattern, allowed in FOREIGN.items():
-            if str(name) != allowed and (found := re.search(pattern, text)):
-                yield str(name), found[0]
+            if str(name) != allowed and (words := re.search(pattern, text)):
+                yield str(name), words[0]
 
 
 def test_tracked_files_are_small():
-    sizes = {str(path): (ROOT / path).stat().st_size for path in tracked()}
-    assert {path: size for path, size in sizes.items() if size > 1_500_000} == {}
-    assert sum(sizes.values()) < 24_000_000
+    assert [path for path, size in sizes().items() if size > 1_500_000] == []
+    assert sum(sizes().values()) < 24_000_000
 
 
 def test_records_and_pictures_are_small():
-    sizes = {
-        str(path): (ROOT / path).stat().st_size for path in tracked() if path.parts[0] == "figures"
-    }
-    assert {
-        path: size
-        for path, size in sizes.items()
-        if path.endswith((".json", ".png")) and size > 61_440
-    } == {}
+    large = [path for path, size in sizes().items() if size > 61_440]
+    figures = [path for path in large if path.parts[0] == "figures"]
+    assert [path for path in figures if path.suffix in {".json", ".png"}] == []
 
 
 def test_no_smoke_record_is_tracked():
-    records = [
-        path
-        for path in tracked()
-        if path.parts[:2] == ("figures", "runs") and path.suffix == ".json"
-    ]
-    assert [
-        str(path) for path in records if re.search(r'"name": "smoke"', (ROOT / path).read_text())
-    ] == []
+    runs = [path for path in tracked() if path.parts[:2] == ("figures", "runs")]
+    records = {path: (ROOT / path).read_text() for path in runs if path.suffix == ".json"}
+    assert [path for path, text in records.items() if re.search(r'"name": "smoke"', text)] == []
 
 
 def test_no_foreign_words():
-    texts = [
-        (path, (ROOT / path).read_text(encoding="utf-8"))
-        for path in tracked()
-        if path.suffix not in BINARY
-    ]
+    readable = [path for path in tracked() if path.suffix not in BINARY]
+    texts = [(path, (ROOT / path).read_text(encoding="utf-8")) for path in readable]
     assert list(foreign(texts)) == []
 
 
@@ -89,16 +83,27 @@ def test_foreign_words_are_found():
     assert len(list(foreign((word, word) for word in words))) == len(words)
 
 
-@pytest.mark.parametrize("name", ["ci/reproduce", "ci/test", "ci/lab", "ci/refresh", ".ci/run"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_commands_are_executable_and_parse(name):
     assert os.access(ROOT / name, os.X_OK)
     subprocess.run(["bash", "-n", ROOT / name], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", "-x", name], cwd=ROOT, check=True)
+
+
+def test_what_fast_leaves_out_exists():
+    """A renamed test would silently come back into `--fast`."""
+    for entry in runpy.run_path(str(ROOT / "tests" / "conftest.py"))["FULL"]:
+        file, _, test = entry.partition("::")
+        path = ROOT / "tests" / file
+        assert path.is_file(), entry
+        assert f"def {test}" in path.read_text(encoding="utf-8"), entry
 
 
 def test_licence_and_notice():
-    assert (
-        "Apache License" in (ROOT / "LICENSE").read_text()
-        and "Version 2.0" in (ROOT / "LICENSE").read_text()
-    )
+    licence = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in licence
+    assert "Version 2.0" in licence
     notice = (ROOT / "NOTICE").read_text()
-    assert "CC0" in notice and "LibMTL" in notice
+    assert "CC0" in notice
+    assert "LibMTL" in notice

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from dbmtl.benchmarks.base import get_benchmark
+from dbmtl.experiments.labels import parse_method
 from dbmtl.experiments.records import configuration, run_identity, write_record
-from dbmtl.experiments.run import parse_method
 from dbmtl.registry import recipe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,12 +9,11 @@ from scipy.stats import t as student
 from dbmtl.benchmarks.base import get_benchmark
 from dbmtl.experiments.metrics import Interval
 from dbmtl.experiments.records import (
-    code_modules,
     configuration,
-    fingerprint,
     run_identity,
     write_record,
 )
+from dbmtl.report import comparison
 from dbmtl.report.comparison import (
     compared,
     contrast,
@@ -225,11 +224,13 @@ def test_report_draws_paper_scale_before_cpu(tmp_path):
     assert records_to_draw(both, [], folder=tmp_path)[0] == "paper"
 
 
-def test_report_marks_records_of_older_code():
-    present = fingerprint(code_modules("toy", "EW", {}))
-    assert "older code" not in describe_runs([record("EW", 0, code=present)])
-    old = [record("EW", 0, code=present), record("DB-MTL", 0, code="0" * 12)]
-    assert "older code: DB-MTL" in describe_runs(old)
+def test_report_marks_records_of_older_code(monkeypatch):
+    """Those whose replay differs; a record that was never replayed is not marked."""
+    replayed = {"EW": True, "DB-MTL": False, "CAGrad": None}
+    is_current = lambda record: replayed[record["config"]["method"]]  # noqa: E731
+    monkeypatch.setattr(comparison, "is_current", is_current)
+    assert "older code" not in describe_runs([record("EW", 0), record("CAGrad", 0)])
+    assert "older code: DB-MTL" in describe_runs([record("EW", 0), record("DB-MTL", 0)])
 
 
 def test_report_describes_size_device_and_seeds():

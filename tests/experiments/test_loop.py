@@ -1,0 +1,167 @@
+"""The training loop: one route for all methods."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from dbmtl.benchmarks.toy import toy, toy_multi
+from dbmtl.core.task_gradients import task_gradients
+from dbmtl.experiments import loop as lab
+from dbmtl.experiments.train import Run, train
+
+
+def test_multi_input_epochs_are_as_long_as_the_longest_task_needs():
+    data = toy_multi.load(toy_multi.scale("smoke"))  # 90, 54 and 27 samples
+    run = Run(toy_multi, "EW", 0, "smoke", "cpu", None, data)
+    assert run.steps == 3 * max(90 // 16, 54 // 16, 27 // 16)
+    assert {name: len(batches) for name, batches in run.loop.orders[0].items()} == dict.fromkeys(
+        run.loop.names, 5
+    )
+    assert Run(toy_multi, "STL", 0, "smoke", "cpu", None, data).steps == 3 * (
+        90 // 16 + 54 // 16 + 27 // 16
+    )
+
+
+def test_every_epoch_has_another_order_and_every_seed_too():
+    data = toy.load(toy.scale("smoke"))
+    run = Run(toy, "EW", 0, "smoke", "cpu", None, data)
+    first = torch.cat(run.loop.orders[0][None])
+    for _ in range(run.loop.steps):
+        run.advance()
+    assert not torch.equal(first, torch.cat(run.loop.orders[0][None]))
+    assert not torch.equal(
+        first, torch.cat(Run(toy, "EW", 1, "smoke", "cpu", None, data).loop.orders[0][None])
+    )
+    assert torch.equal(
+        first, torch.cat(Run(toy, "DB-MTL", 0, "smoke", "cpu", None, data).loop.orders[0][None])
+    )
+
+
+def test_equal_weighting_is_plain_training(tmp_path):
+    """The loop against ten lines of PyTorch that do the same."""
+    scale, data = toy.scale("smoke"), toy.load(toy.scale("smoke"))
+    record = train(toy, "EW", seed=5, out=tmp_path, data=data)
+    torch.manual_seed(5)
+    model = toy.network(scale, data, toy.task_names)
+    optimizer, order, means = (
+        toy.optimizer(model.parameters(), scale),
+        torch.Generator().manual_seed(5),
+        [],
+    )
+    for _ in range(scale.epochs):
+        total = torch.zeros(3, dtype=torch.float64)
+        for index in torch.randperm(90, generator=order).split(16):
+            predictions = model(data.train.inputs[index])
+            losses = torch.stack(
+                [(predictions[n] - y[index]).square().mean() for n, y in data.train.targets.items()]
+            )
+            optimizer.zero_grad()
+            losses.sum().backward()
+            optimizer.step()
+            total += losses.detach()
+        means.append(total / 6)
+    for t, name in enumerate(toy.task_names):
+        assert_close(
+            torch.tensor(record["curves"]["train"][name]),
+            torch.stack(means)[:, t].float(),
+            rtol=1e-5,
+            atol=0,
+        )
+
+
+def test_the_schedule_on_validation_gets_delta_p(tmp_path):
+    got = []
+
+    class Spy:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        def step(self, *args):
+            got.append(args)
+
+        def state_dict(self):
+            return {}
+
+    record = train(
+        replace(toy, scheduler=lambda optimizer, scale: Spy(optimizer)), "EW", out=tmp_path
+    )
+    errors = [
+        [record["curves"]["validation"][n]["MAE"][e] for n in toy.task_names] for e in range(3)
+    ]
+    expected = [
+        sum(100 * (1 - now / first) for now, first in zip(row, errors[0], strict=True)) / 3
+        for row in errors
+    ]
+    assert_close(torch.tensor([a[0] for a in got]), torch.tensor(expected), rtol=1e-3, atol=1e-3)
+    got.clear()
+    train(
+        replace(toy, scheduler=lambda optimizer, scale: Spy(optimizer), schedule_on="epoch"),
+        "EW",
+        out=tmp_path,
+    )
+    assert got == [()] * 3
+
+
+def test_learned_scales_join_the_optimizer(monkeypatch):
+    data, make = toy.load(toy.scale("smoke")), lab.make_balancer
+    learned = torch.nn.Parameter(torch.ones(3))
+
+    def balanced(name, **options):
+        balancer = make(name, **options)
+        monkeypatch.setattr(balancer, "parameters", lambda: iter([learned]), raising=False)
+        return balancer
+
+    monkeypatch.setattr(lab, "make_balancer", balanced)
+    run = Run(toy, "EW", 0, "smoke", "cpu", None, data)
+    assert any(p is learned for group in run.loop.optimizer.param_groups for p in group["params"])
+
+
+@pytest.mark.parametrize("method", ["EW", "DB-MTL"])
+@pytest.mark.parametrize("name", ["toy", "toy-multi"])
+def test_monitors_do_not_change_the_numbers(name, method, tmp_path):
+    watched = train(name, method, out=tmp_path / "a", monitor_every=4)
+    plain = train(name, method, out=tmp_path / "b")
+    assert watched["curves"] == plain["curves"] and plain["monitors"] == {}
+    count = -(-watched["steps"] // 4)
+    assert watched["monitors"]["steps"] == [4 * i for i in range(count)]
+    assert [len(column) for column in watched["monitors"]["norms"].values()] == [count] * 3
+    assert list(watched["monitors"]["cosines"]) == ["unit|large", "unit|small", "large|small"]
+
+
+def test_monitors_show_raw_gradients(tmp_path):
+    record = train(toy, "DB-MTL", out=tmp_path, monitor_every=100)
+    data = toy.load(toy.scale("smoke"))
+    run = Run(toy, "EW", 0, "smoke", "cpu", None, data)
+    losses = lab.task_losses(
+        run.loop.model, toy.tasks, lab.draw(data.train, {None: run.loop.orders[0][None][0]})
+    )
+    rows = task_gradients(losses, list(run.loop.model.trunk.parameters())).shared
+    flat = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    found = torch.tensor([column[0] for column in record["monitors"]["norms"].values()])
+    assert_close(found, flat.norm(dim=1), rtol=1e-3, atol=0)
+    angles = torch.nn.functional.cosine_similarity(flat[[0, 0, 1]], flat[[1, 2, 2]])
+    assert_close(
+        torch.tensor([c[0] for c in record["monitors"]["cosines"].values()]),
+        angles,
+        rtol=1e-3,
+        atol=1e-4,
+    )
+    assert_close(
+        torch.tensor([c[0] for c in record["monitors"]["losses"].values()]),
+        torch.stack(losses).detach(),
+        rtol=1e-3,
+        atol=0,
+    )
+
+
+def test_a_metric_that_is_not_finite_is_divergence(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        lab, "evaluate", lambda *_: {n: {"MAE": float("nan")} for n in toy.task_names}
+    )
+    record = train(toy, "EW", out=tmp_path)
+    assert (
+        record["state"] == "diverged"
+        and "unit MAE is nan at the end of epoch 1" in record["reason"]
+    )

@@ -1,0 +1,84 @@
+"""One thought a statement: what neither ruff nor its formatter forbids."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# below the root; in the end: ["ci/**/*.py", "nbs/**/*.ipynb", "tests/**/*.py"]
+CHECKED = ["ci/**/*.py", "tests/methods/test_[dhp]*.py", "tests/project/*.py"]
+FILES = sorted(
+    path
+    for pattern in CHECKED
+    for path in ROOT.glob(pattern)
+    if ".ipynb_checkpoints" not in path.parts
+)
+
+
+def sources(path):
+    """The text of a script, or the code cells of a notebook."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        return [text]
+    return ["".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+
+
+def calls(node):
+    return any(isinstance(part, ast.Call) for part in ast.walk(node))
+
+
+def packed_assignments(tree):
+    """`a, b = f(x), g(y)` is two statements on one line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+            into_names = any(isinstance(target, ast.Tuple) for target in node.targets)
+            if into_names and sum(map(calls, node.value.elts)) > 1:
+                yield ast.unparse(node)
+
+
+def nested_conditionals(tree):
+    """`a if x else b if y else c` is an if statement, a table, or a function with its own name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.IfExp):
+            parts = (node.body, node.test, node.orelse)
+            if any(isinstance(inner, ast.IfExp) for part in parts for inner in ast.walk(part)):
+                yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("rule", [packed_assignments, nested_conditionals])
+def test_one_thought_a_statement(rule, path):
+    assert [line for source in sources(path) for line in rule(ast.parse(source))] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a, b = f(x), g(y)",
+        "a, b = f(x), [g(y) for y in z]",
+        "self.a, (b, c) = f(x), g(y)",
+        "a, b, c = 1, f(x) + 1, g(y)",
+    ],
+)
+def test_packed_assignments_are_found(line):
+    assert list(packed_assignments(ast.parse(line))) != []
+
+
+@pytest.mark.parametrize("line", ["a, b = b, a", "a, b = f(x)", "a, b = 0, f(x)", "a = f(x), g(y)"])
+def test_plain_assignments_are_not_packed(line):
+    assert list(packed_assignments(ast.parse(line))) == []
+
+
+@pytest.mark.parametrize(
+    "line, number",
+    [
+        ("a if x else b if y else c", 1),
+        ("a if x else f(b if y else c)", 1),
+        ("(a if x else b) + (c if y else d)", 0),
+        ("a if x else b", 0),
+    ],
+)
+def test_nested_conditionals_are_found(line, number):
+    assert len(list(nested_conditionals(ast.parse(line)))) == number
