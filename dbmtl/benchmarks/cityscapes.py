@@ -22,7 +22,7 @@ from dbmtl.benchmarks.dense_benchmark import (
 from .dense_prediction import dense_tasks
 from ..data.cityscapes import CATEGORIES, prepare_cityscapes, prepared_cityscapes
 from ..data.scenes import STREET_DEPTH_UNIT, streets
-from ..models.resnet import DeepLab
+from ..models.deeplab import DeepLab
 
 # %% ../../nbs/09_benchmarks/08_cityscapes.ipynb #b09dbd0f
 _tasks = dense_tasks(("segmentation", "depth"), classes=len(CATEGORIES), unit="")

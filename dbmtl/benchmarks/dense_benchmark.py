@@ -17,8 +17,9 @@ from torch import nn
 from .base import Benchmark, Data, Scale, adam, step_decay
 from .dense_prediction import dense_floors
 from ..data.augmentation import DenseSplit
+from ..models.imagenet_weights import load_imagenet
 from ..models.precision import efficient
-from ..models.resnet import ResNet, load_imagenet
+from ..models.resnet import ResNet
 
 # %% ../../nbs/09_benchmarks/06_dense_benchmark.ipynb #6e151d38
 def generated_hash(

@@ -23,7 +23,7 @@ from dbmtl.benchmarks.dense_benchmark import (
 from .dense_prediction import dense_tasks
 from ..data.nyuv2 import prepare_nyuv2, prepared_nyuv2
 from ..data.scenes import ROOM_DEPTH_UNIT, rooms
-from ..models.resnet import DeepLab
+from ..models.deeplab import DeepLab
 from ..models.segnet import SegNet
 from ..models.soft_sharing import CrossStitch, MMoE, MTANNet
 

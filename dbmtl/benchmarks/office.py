@@ -48,7 +48,8 @@ from dbmtl.models.efficientnet_lite0 import (
     load_lite0,
     normalize_images,
 )
-from ..models.resnet import load_imagenet, resnet18_trunk
+from ..models.imagenet_weights import load_imagenet
+from ..models.resnet import resnet18_trunk
 
 # %% ../../nbs/09_benchmarks/09_office.ipynb #b02069a0
 NORMALIZATION = {  # trunk -> mean and deviation of each channel

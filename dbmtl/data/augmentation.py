@@ -6,19 +6,24 @@
 __all__ = ['NAMES', 'FIELDS', 'random_crop_scale', 'random_flip', 'DenseSplit']
 
 # %% ../../nbs/07_data/04_augmentation.ipynb #1bfbb253
+import copy
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.checks import unknown_name
+from ..core.checks import check_number, unknown_name
+from .image_store import dense_fields
+from .raycast import VOID
 
 # %% ../../nbs/07_data/04_augmentation.ipynb #30ca7286
 NAMES = ("image", "label", "depth", "normal")
 
 
-def _check(batch):
+def _check(batch) -> Tensor:
+    "One of the fields, whose batch size, height and width are those of all."
     for name in batch:
         if name not in NAMES:
             raise unknown_name("field of a batch", name, NAMES)
@@ -30,77 +35,95 @@ def _check(batch):
     return next(iter(batch.values()))
 
 
+class _Crops(NamedTuple):
+    "One crop a sample, each [B]."
+
+    scale: Tensor
+    top: Tensor  # first row
+    left: Tensor  # first column
+    height: Tensor  # in pixels
+    width: Tensor
+
+
 @functools.lru_cache(64)
-def _crop_sizes(scales, height, width, device):
-    "Rows of s, h, w: float32."
-    if not scales or min(scales) < 1:
-        raise ValueError(f"scales must be 1 or larger, not {scales}")
+def _crop_sizes(scales, height, width, device) -> Tensor:  # [scales, 3] float32
+    "Rows of s, h, w."
+    for scale in scales:
+        check_number("scales: each", scale, at_least=1)
+    if not scales:
+        raise ValueError("scales is empty: it needs at least one number")
+    sizes = [[s, max(1, int(height / s)), max(1, int(width / s))] for s in scales]
     with torch.inference_mode(False):
-        return torch.tensor(
-            [[s, max(1, int(height / s)), max(1, int(width / s))] for s in scales], device=device
-        )
+        return torch.tensor(sizes, device=device)
 
 
-def _draw_crops(like, scales, generator):
-    "s, and for rows and columns (first pixel, number of pixels): all [B]."
-    B, H, W, device = len(like), *like.shape[-2:], like.device
-    kind = torch.randint(len(scales), (B,), generator=generator, device=device)
-    s, h, w = _crop_sizes(tuple(scales), H, W, device)[kind].unbind(1)
-    place = torch.rand(2, B, generator=generator, device=device)
-    room = torch.stack([H - h, W - w])
-    first = (
-        place * (room + 1)
-    ).floor()  # place is at most 1 - 2^-24: the product never rounds up to room + 1
-    return s, (first[0], h), (first[1], w)
+def _draw_crops(like, scales, generator) -> _Crops:
+    H, W = like.shape[-2:]
+    device = like.device
+    sizes = _crop_sizes(tuple(scales), H, W, device)
+    number = torch.randint(len(scales), (len(like),), generator=generator, device=device)
+    scale, height, width = sizes[number].unbind(1)
+    place = torch.rand(2, len(like), generator=generator, device=device)
+    room = torch.stack([H - height, W - width])
+    # a place is at most 1 - 2^-24: the product never rounds up to room + 1
+    top, left = (place * (room + 1)).floor()
+    return _Crops(scale, top, left, height, width)
 
 # %% ../../nbs/07_data/04_augmentation.ipynb #419939dc
-def _positions(first, count, length, nearest):
-    "Where each of `length` outputs reads, [B, length]."
-    r = torch.arange(length, device=first.device, dtype=first.dtype)
-    if nearest:
-        return first[:, None] + torch.div(r * count[:, None], length, rounding_mode="floor")
-    return first[:, None] + r * ((count - 1) / max(length - 1, 1))[:, None]
-
-
-def _interpolate(image, rows, columns):
-    H, W = image.shape[-2:]
-    y, x = [2 * p / max(n - 1, 1) - 1 for p, n in ((rows, H), (columns, W))]
-    grid = torch.stack([x[:, None, :].expand(-1, H, -1), y[:, :, None].expand(-1, -1, W)], -1).to(
-        image.dtype
-    )
-    return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True)
-
-
-def _choose(x, flat):
-    "The pixels numbered by flat [B, H*W] of x [B, ..., H, W]."
-    pixels = x.reshape(len(x), -1, flat.shape[1])
-    return pixels.gather(2, flat[:, None].expand(-1, pixels.shape[1], -1)).view(x.shape)
-
-
 def random_crop_scale(
-    batch: dict,  # of "image" float [B, 3, H, W], "label" [B, H, W], "depth" float [B, 1, H, W], "normal" [B, 3, H, W]
+    batch: dict,  # any of the `NAMES`: [B, 3, H, W], label [B, H, W], depth [B, 1, H, W]
     scales=(1, 1.2, 1.5),  # one is drawn for each sample
-    generator: torch.Generator
-    | None = None,  # on the batch's device; None: that device's global one
+    generator: torch.Generator | None = None,  # on the batch's device; None: its global one
     inverse_depth: bool = False,  # depth is 1/distance: multiplied, not divided
 ) -> dict:  # new tensors of the same shapes
     "Each sample's random crop of H/s x W/s, enlarged to H x W, with depth divided by s."
     like = _check(batch)
     H, W = like.shape[-2:]
-    s, down, across = _draw_crops(like, scales, generator)
-    rows, columns = [_positions(*p, n, nearest=True).long() for p, n in ((down, H), (across, W))]
-    flat = (rows[:, :, None] * W + columns[:, None, :]).flatten(1)
-    found = {name: _choose(x, flat) for name, x in batch.items() if name != "image"}
-    if "depth" in found:
-        factor = (s if inverse_depth else 1 / s).view(-1, 1, 1, 1)
-        found["depth"] = found["depth"] * factor.to(_floating(found["depth"], "depth").dtype)
+    crops = _draw_crops(like, scales, generator)
+    rows = _nearest_positions(crops.top, crops.height, H)
+    columns = _nearest_positions(crops.left, crops.width, W)
+    pixels = (rows[:, :, None] * W + columns[:, None, :]).flatten(1)
+    cropped = {name: _choose(x, pixels) for name, x in batch.items() if name != "image"}
+    if "depth" in batch:
+        depth = _floating(cropped["depth"], "depth")
+        factor = crops.scale if inverse_depth else 1 / crops.scale
+        cropped["depth"] = depth * factor.view(-1, 1, 1, 1).to(depth.dtype)
     if "image" in batch:
-        places = [_positions(*p, n, nearest=False) for p, n in ((down, H), (across, W))]
-        found["image"] = _interpolate(_floating(batch["image"], "image"), *places)
-    return {name: found[name] for name in batch}
+        rows = _even_positions(crops.top, crops.height, H)
+        columns = _even_positions(crops.left, crops.width, W)
+        cropped["image"] = _interpolate(_floating(batch["image"], "image"), rows, columns)
+    return {name: cropped[name] for name in batch}
 
 
-def _floating(x, name):
+def _nearest_positions(first, count, length) -> Tensor:  # [B, length] long
+    "The pixel that each of `length` outputs reads, of `count` ones from the first."
+    r = torch.arange(length, device=first.device, dtype=first.dtype)
+    offset = torch.div(r * count[:, None], length, rounding_mode="floor")
+    return (first[:, None] + offset).long()
+
+
+def _even_positions(first, count, length) -> Tensor:  # [B, length] float
+    "Places from the first pixel to the last of `count` ones, corners aligned."
+    r = torch.arange(length, device=first.device, dtype=first.dtype)
+    return first[:, None] + r * ((count - 1) / max(length - 1, 1))[:, None]
+
+
+def _interpolate(image, rows, columns) -> Tensor:
+    H, W = image.shape[-2:]
+    y = 2 * rows / max(H - 1, 1) - 1
+    x = 2 * columns / max(W - 1, 1) - 1
+    x_y = [x[:, None, :].expand(-1, H, -1), y[:, :, None].expand(-1, -1, W)]
+    grid = torch.stack(x_y, -1).to(image.dtype)
+    return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True)
+
+
+def _choose(x, pixels) -> Tensor:
+    "The pixels numbered by [B, H*W] of x [B, ..., H, W]."
+    flat = x.reshape(len(x), -1, pixels.shape[1])
+    return flat.gather(2, pixels[:, None].expand(-1, flat.shape[1], -1)).view(x.shape)
+
+
+def _floating(x, name) -> Tensor:
     if not x.is_floating_point():
         raise ValueError(f"batch[{name!r}] is {x.dtype}: decode it to a float type first")
     return x
@@ -108,16 +131,16 @@ def _floating(x, name):
 # %% ../../nbs/07_data/04_augmentation.ipynb #64fd4dce
 def random_flip(
     batch: dict,  # as in `random_crop_scale`
-    generator: torch.Generator
-    | None = None,  # on the batch's device; None: that device's global one
+    generator: torch.Generator | None = None,  # on the batch's device; None: its global one
 ) -> dict:  # new tensors
     "Mirror each sample with probability 1/2; the normal's x changes its sign."
     like = _check(batch)
-    chosen = torch.rand(len(like), generator=generator, device=like.device) < 0.5
-    return {
-        name: _mirror(x, name).where(chosen.view(-1, *[1] * (x.dim() - 1)), x)
-        for name, x in batch.items()
-    }
+    is_flipped = torch.rand(len(like), generator=generator, device=like.device) < 0.5
+    flipped = {}
+    for name, x in batch.items():
+        chosen = is_flipped.view(-1, *[1] * (x.dim() - 1))
+        flipped[name] = _mirror(x, name).where(chosen, x)
+    return flipped
 
 
 def _mirror(x, name):
@@ -127,11 +150,11 @@ def _mirror(x, name):
     return x
 
 # %% ../../nbs/07_data/04_augmentation.ipynb #c17b2d5b
-FIELDS = {
+FIELDS = {  # task: the array that holds its targets
     "segmentation": "label",
     "depth": "depth",
     "normal": "normal",
-}  # task: the array that holds its targets
+}
 
 
 class DenseSplit:
@@ -139,7 +162,7 @@ class DenseSplit:
 
     def __init__(
         self,
-        arrays: dict,  # image uint8 [N, 3, H, W], label uint8 [N, H, W], depth int16 [N, H, W], normal int8 [N, 3, H, W]
+        arrays: dict,  # tensors of N samples, stored as `dense_fields` says
         depth_unit: float,  # of one step of depth
         tasks=tuple(FIELDS),  # names, or `Task` objects
         augment: bool = False,  # random crops and flips
@@ -149,20 +172,12 @@ class DenseSplit:
         for task in self.tasks:
             if task not in FIELDS:
                 raise unknown_name("dense task", task, FIELDS)
-        wanted = ["image", *(FIELDS[task] for task in self.tasks)]
-        for name in wanted:
-            if name not in arrays:
-                raise ValueError(f"arrays has no {name!r}; it has {sorted(arrays)}")
-            if len(arrays[name]) != len(arrays["image"]):
-                raise ValueError(
-                    f"arrays[{name!r}] has {len(arrays[name])} samples, the images are {len(arrays['image'])}"
-                )
-        self.arrays = {name: arrays[name] for name in wanted}
-        self.depth_unit, self.augment, self.inverse_depth = (
-            float(depth_unit),
-            augment,
-            inverse_depth,
-        )
+        names = ["image", *(FIELDS[task] for task in self.tasks)]
+        _check_arrays(arrays, names)
+        self.arrays = {name: arrays[name] for name in names}
+        self.depth_unit = float(depth_unit)
+        self.augment = augment
+        self.inverse_depth = inverse_depth
 
     def __len__(self):
         return len(self.arrays["image"])
@@ -173,22 +188,23 @@ class DenseSplit:
 
     def to(self, device):
         "The same split with its arrays on a device."
-        arrays = {name: array.to(device) for name, array in self.arrays.items()}
-        return DenseSplit(arrays, self.depth_unit, self.tasks, self.augment, self.inverse_depth)
+        moved = copy.copy(self)
+        moved.arrays = {name: array.to(device) for name, array in self.arrays.items()}
+        return moved
 
     def batch(
-        self, index: Tensor
+        self,
+        index: Tensor,  # [B] long
     ) -> tuple:  # (images float [B, 3, H, W] in [0, 1], {task: targets})
-        "The samples numbered by a long tensor, on the device of that tensor."
-        there = index.to(self.device)
-        found = {
-            name: array.index_select(0, there).to(index.device)
-            for name, array in self.arrays.items()
-        }
-        found = {name: _decode(x, name, self.depth_unit) for name, x in found.items()}
+        "The samples numbered by the index, on its device."
+        rows = index.to(self.device)
+        batch = {}
+        for name, array in self.arrays.items():
+            stored = array.index_select(0, rows).to(index.device)
+            batch[name] = _decode(stored, name, self.depth_unit)
         if self.augment:
-            found = random_flip(random_crop_scale(found, inverse_depth=self.inverse_depth))
-        return found["image"], {task: found[FIELDS[task]] for task in self.tasks}
+            batch = random_flip(random_crop_scale(batch, inverse_depth=self.inverse_depth))
+        return batch["image"], {task: batch[FIELDS[task]] for task in self.tasks}
 
 
 def _decode(x, name, depth_unit):
@@ -196,10 +212,39 @@ def _decode(x, name, depth_unit):
         return x.float().div_(255)
     if name == "depth":
         return x[:, None].float().mul_(depth_unit)
-    return _unit(x.float()) if name == "normal" else x
+    if name == "normal":
+        return _to_unit_length(x.float())
+    return x
 
 
-def _unit(x):
+def _to_unit_length(x):
     "Vectors of whole numbers divided by their lengths, in place; zero stays zero."
     a, b, c = x.unbind(1)
     return x.mul_((a * a + b * b + c * c).clamp_min_(1).rsqrt_()[:, None])
+
+# %% ../../nbs/07_data/04_augmentation.ipynb #a2d153b1
+_HINTS = {"label": f"; void is {VOID}", "depth": "; 0 is invalid", "normal": "; zeros are unknown"}
+
+
+def _check_arrays(arrays, names):
+    "ValueError unless the arrays are those of a store, with some label that is not void."
+    for name in names:
+        if name not in arrays:
+            raise ValueError(f"arrays has no {name!r}; it has {sorted(arrays)}")
+    images = arrays["image"]
+    for name, (shape, dtype) in dense_fields(tuple(images.shape[-2:]), tuple(names)).items():
+        array = arrays[name]
+        if len(array) != len(images):
+            raise ValueError(
+                f"arrays[{name!r}] has {len(array)} samples, the images are {len(images)}"
+            )
+        stored_type = getattr(torch, dtype.__name__)
+        if array.dtype != stored_type or tuple(array.shape[1:]) != shape:
+            raise ValueError(
+                f"arrays[{name!r}] is {array.dtype} {list(array.shape)}, a store has "
+                f"{stored_type} {[len(images), *shape]}{_HINTS.get(name, '')}"
+            )
+    labels = arrays["label"] if "label" in names else []
+    if len(labels) and labels.device.type != "meta":
+        if all((label == VOID).all() for label in labels):
+            raise ValueError(f"arrays['label'] is void ({VOID}) everywhere: nothing to learn")

@@ -20,11 +20,21 @@ import numpy as np
 import torch
 
 from ..core.checks import unknown_name
-from ..core.files import data_folder
-from .image_store import Item, build_store, missing, open_store, read_image
+from dbmtl.data.image_store import (
+    Item,
+    StorePlan,
+    build_stores,
+    check_size,
+    first_twenty,
+    missing,
+    open_stores,
+    read_image,
+    source_folder,
+    store_name,
+)
 
 # %% ../../nbs/07_data/09_office.ipynb #c26393df
-DOMAINS = {  # set -> task -> names that its folder may have
+DOMAINS = {  # set: task: names that its folder may have
     "office31": {"amazon": ("amazon",), "dslr": ("dslr",), "webcam": ("webcam",)},
     "officehome": {
         "art": ("Art",),
@@ -41,9 +51,9 @@ PARTS = ("train", "validation", "test")
 # %% ../../nbs/07_data/09_office.ipynb #4d805c22
 @functools.cache
 def _packed() -> dict:
-    return json.loads(
-        gzip.decompress(files("dbmtl").joinpath("assets/office_splits.json.gz").read_bytes())
-    )
+    "The lists as they come with the package."
+    asset = files("dbmtl").joinpath("assets/office_splits.json.gz")
+    return json.loads(gzip.decompress(asset.read_bytes()))
 
 
 def class_names(
@@ -75,30 +85,41 @@ def office_lists(
     name: str,  # "office31" or "officehome"
 ) -> dict:  # {task: {"train" | "validation" | "test": tuple of Entry}}
     "LibMTL's division of the set, the one of the paper's numbers."
-    kinds, pattern = class_names(name), "frame_{:04d}.jpg" if name == "office31" else "{:05d}.jpg"
+    kinds = class_names(name)
     if name not in _packed():
         raise ValueError(f"{TITLES[name]} has no list: its division is made by pacs_lists")
+    pattern = "frame_{:04d}.jpg" if name == "office31" else "{:05d}.jpg"
+    lists = {}
+    for task, parts in _packed()[name]["domains"].items():
+        lists[task] = {part: [] for part in PARTS}
+        for part in PARTS:
+            for label, numbers in enumerate(parts[part]):
+                for number in numbers:
+                    entry = Entry(task, kinds[label], pattern.format(number), label)
+                    lists[task][part].append(entry)
+    return _as_tuples(lists)
+
+
+def _as_tuples(lists) -> dict:
     return {
-        task: {
-            part: tuple(
-                Entry(task, kinds[label], pattern.format(number), label)
-                for label, numbers in enumerate(parts[part])
-                for number in numbers
-            )
-            for part in PARTS
-        }
-        for task, parts in _packed()[name]["domains"].items()
+        task: {part: tuple(entries) for part, entries in parts.items()}
+        for task, parts in lists.items()
     }
 
 # %% ../../nbs/07_data/09_office.ipynb #c73d2fc0
 def hashed_split(
     names: list,  # of one class of one domain
     salt: str = "0",  # the seed: another one gives another division
-) -> tuple:  # three lists
+) -> tuple[list, list, list]:
     "60, 20 and 20 percent of some names, the same on every machine."
-    order = sorted(names, key=lambda name: hashlib.sha256(f"{salt}/{name}".encode()).digest())
-    first, second = round(0.6 * len(order)), round(0.8 * len(order))
-    return order[:first], order[first:second], order[second:]
+
+    def digest(name):
+        return hashlib.sha256(f"{salt}/{name}".encode()).digest()
+
+    order = sorted(names, key=digest)
+    first_cut = round(0.6 * len(order))
+    second_cut = round(0.8 * len(order))
+    return order[:first_cut], order[first_cut:second_cut], order[second_cut:]
 
 # %% ../../nbs/07_data/09_office.ipynb #297fd280
 def domain_folders(
@@ -107,47 +128,53 @@ def domain_folders(
 ) -> dict:  # {task: folder of the classes, or None}
     "Where the classes of each domain lie."
 
-    def find(root):
-        found = {
-            task: next((root / n for n in names if (root / n).is_dir()), None)
-            for task, names in DOMAINS[name].items()
-        }
-        return {
-            task: f / "images" if f and (f / "images").is_dir() else f for task, f in found.items()
-        }
+    def folders_below(root):
+        return {task: _domain_folder(root, names) for task, names in DOMAINS[name].items()}
 
-    inside = sorted(p for p in source.iterdir() if p.is_dir()) if source.is_dir() else []
-    # of several folders the fullest: an unpacked archive beside other things
-    return max(
-        (find(root) for root in (source, *inside)),
-        key=lambda found: sum(f is not None for f in found.values()),
-    )
+    def count(folders):
+        return sum(folder is not None for folder in folders.values())
+
+    roots = [source]
+    if source.is_dir():
+        roots += sorted(path for path in source.iterdir() if path.is_dir())
+    # of several folders the fullest: an unpacked archive may lie beside other things
+    return max((folders_below(root) for root in roots), key=count)
+
+
+def _domain_folder(root, names) -> Path | None:
+    "The folder of a domain's classes below a root, whatever it is called."
+    for name in names:
+        if (root / name / "images").is_dir():
+            return root / name / "images"
+        if (root / name).is_dir():
+            return root / name
+    return None
 
 # %% ../../nbs/07_data/09_office.ipynb #a7ac9d62
 def pacs_lists(
     folders: dict,  # {task: folder of the classes}
 ) -> dict:  # {task: {part: tuple of Entry}}
     "The division of the images of PACS that are there."
-    lists = {task: {part: () for part in PARTS} for task in folders}
+    lists = {task: {part: [] for part in PARTS} for task in folders}
     for task, folder in folders.items():
         for label, kind in enumerate(class_names("pacs")):
-            names = [
-                p.name
-                for p in folder.joinpath(kind).glob("*")
-                if p.suffix.lower() in (".jpg", ".jpeg", ".png")
-            ]
-            for part, chosen in zip(PARTS, hashed_split(names, f"{task}/{kind}"), strict=True):
-                lists[task][part] += tuple(Entry(task, kind, file, label) for file in chosen)
-    return lists
+            paths = (folder / kind).glob("*")
+            images = [p.name for p in paths if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
+            divided = hashed_split(images, f"{task}/{kind}")
+            for part, chosen in zip(PARTS, divided, strict=True):
+                lists[task][part] += [Entry(task, kind, file, label) for file in chosen]
+    return _as_tuples(lists)
 
 # %% ../../nbs/07_data/09_office.ipynb #b24fde30
 RECIPES = {
-    "office31": "Office-31 (Saenko et al., ECCV 2010; https://faculty.cc.gatech.edu/~judy/domainadapt/): unpack "
-    "domain_adaptation_images so that DBMTL_DATA/office31 holds amazon, dslr and webcam.",
-    "officehome": "Office-Home (Venkateswara et al., CVPR 2017; https://www.hemanthdv.org/officeHomeDataset.html): unpack "
-    "OfficeHomeDataset_10072016 so that DBMTL_DATA/officehome holds Art, Clipart, Product and 'Real World'.",
-    "pacs": "PACS (Li et al., ICCV 2017, from its authors' page): unpack it so that DBMTL_DATA/pacs holds photo, "
-    "art_painting, cartoon and sketch, each with a folder a class.",
+    "office31": "Office-31 (Saenko et al., ECCV 2010; "
+    "https://faculty.cc.gatech.edu/~judy/domainadapt/): unpack domain_adaptation_images so that "
+    "DBMTL_DATA/office31 holds amazon, dslr and webcam.",
+    "officehome": "Office-Home (Venkateswara et al., CVPR 2017; "
+    "https://www.hemanthdv.org/officeHomeDataset.html): unpack OfficeHomeDataset_10072016 so that "
+    "DBMTL_DATA/officehome holds Art, Clipart, Product and 'Real World'.",
+    "pacs": "PACS (Li et al., ICCV 2017, from its authors' page): unpack it so that "
+    "DBMTL_DATA/pacs holds photo, art_painting, cartoon and sketch, each with a folder a class.",
 }
 
 # %% ../../nbs/07_data/09_office.ipynb #4168fb62
@@ -155,71 +182,61 @@ def office_files(
     name: str,  # of the set
     source: str | Path | None = None,  # its folder; None: DBMTL_DATA/name
 ) -> dict:  # {task: {part: list of Item}}
-    "The image files of a set with their labels; raises FileNotFoundError that names all that are missing."
-    source, kinds = Path(source) if source else data_folder() / name, class_names(name)
-    folders = domain_folders(name, source)
-    if not any(folders.values()):
+    "The image files of a set with their labels; one FileNotFoundError names all that are missing."
+    source = source_folder(name, source)
+    all_folders = domain_folders(name, source)
+    if not any(all_folders.values()):
         raise missing(TITLES[name], source, RECIPES[name])
-    gone = [f"{DOMAINS[name][task][0]}/" for task, folder in folders.items() if folder is None]
-    there = {task: folder for task, folder in folders.items() if folder is not None}
-    held = {
-        (task, k): set(os.listdir(f / k)) if (f / k).is_dir() else None
-        for task, f in there.items()
-        for k in kinds
-    }
-    gone += [
-        f"{there[task].relative_to(source).as_posix()}/{k}/"
-        for (task, k), found in held.items()
-        if not found
-    ]
-    lists = (
-        pacs_lists(there) if name == "pacs" else {task: office_lists(name)[task] for task in there}
-    )
-    items = {task: {part: [] for part in PARTS} for task in lists}
-    for entry in (e for parts in lists.values() for part in parts.values() for e in part):
-        path = there[entry.task] / entry.kind / entry.file
-        if held[entry.task, entry.kind] and entry.file not in held[entry.task, entry.kind]:
-            gone.append(path.relative_to(source).as_posix())
-    if gone:
-        raise _incomplete(name, source, gone)
-    for task, parts in lists.items():
-        items[task] = {
-            part: [
-                Item(e.key, (there[task] / e.kind / e.file,), {"label": e.label}) for e in entries
-            ]
-            for part, entries in parts.items()
-        }
+    folders = {task: folder for task, folder in all_folders.items() if folder is not None}
+    lists = pacs_lists(folders) if name == "pacs" else office_lists(name)
+    absent = [f"{DOMAINS[name][task][0]}/" for task in all_folders if task not in folders]
+    absent += _absent_paths(name, source, folders, lists)
+    if absent:
+        raise FileNotFoundError(
+            f"{TITLES[name]} in {source} lacks {len(absent)} of its folders or files: "
+            f"{', '.join(first_twenty(absent))}.\n{RECIPES[name]}"
+        )
+    items = {task: {part: [] for part in PARTS} for task in folders}
+    for task, folder in folders.items():
+        for part, entries in lists[task].items():
+            for entry in entries:
+                path = folder / entry.kind / entry.file
+                items[task][part].append(Item(entry.key, (path,), {"label": entry.label}))
     return items
 
 
-def _incomplete(name, source, gone):
-    more = f" and {len(gone) - 20} more" if len(gone) > 20 else ""
-    return FileNotFoundError(
-        f"{TITLES[name]} in {source} lacks {len(gone)} of its folders or files: "
-        f"{', '.join(gone[:20])}{more}.\n{RECIPES[name]}"
-    )
+def _absent_paths(name, source, folders, lists) -> list[str]:
+    "Folders of classes that are empty or not there, then files of the others, below the source."
+    absent_folders = []
+    absent_files = []
+    for task, folder in folders.items():
+        files_of_class = {}
+        for kind in class_names(name):
+            path = folder / kind
+            files_of_class[kind] = set(os.listdir(path)) if path.is_dir() else set()
+            if not files_of_class[kind]:
+                absent_folders.append(f"{path.relative_to(source).as_posix()}/")
+        for entries in lists[task].values():
+            for entry in entries:
+                files = files_of_class[entry.kind]
+                if files and entry.file not in files:
+                    path = folder / entry.kind / entry.file
+                    absent_files.append(path.relative_to(source).as_posix())
+    return absent_folders + absent_files
 
 # %% ../../nbs/07_data/09_office.ipynb #7a0f29ee
-def _chosen(items: list, size: int) -> list:
+def _chosen(items: list, count: int) -> list:
     "A fixed random choice of a list, the same in every run."
-    if not 0 <= size <= len(items):
-        raise ValueError(f"size={size}: this list has {len(items)} images (0 means all)")
-    if size == 0:
+    if not 0 <= count <= len(items):
+        raise ValueError(f"size={count}: this list has {len(items)} images (0 means all)")
+    if count == 0:
         return items
-    return [
-        items[i]
-        for i in torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[
-            :size
-        ].tolist()
-    ]
-
-
-def _store_name(name, task, part, size, train, evaluation) -> str:
-    count = train if part == "train" else evaluation
-    return f"{name}-{task}-{part}-{size[0]}x{size[1]}" + (f"-{count}" if count else "")
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))
+    return [items[number] for number in order[:count].tolist()]
 
 
 def _read(item, size) -> dict:
+    "The reader of the stores."
     return {
         "image": read_image(item.files[0], size, resize="bilinear"),
         "label": np.asarray(item.label["label"], np.int64),
@@ -232,50 +249,44 @@ def prepare_office(
     size: tuple = (224, 224),  # height and width of the arrays
     train: int = 0,  # images of each domain's training list, 0: all
     evaluation: int = 0,  # images of each validation and test list, 0: all
-    progress=None,  # as in build_store
+    progress: bool | None = None,  # a bar; None: on a terminal
 ) -> dict:  # {task: {"train" | "validation" | "test": Store}}
-    "Arrays of every domain and part; a second call is instant, and corrupt files are named all at once."
-    size, stores, corrupt = tuple(int(x) for x in size), {}, []
+    "Arrays of every domain and part, instant the second time; one error names all corrupt files."
+    size = check_size(size)
+    counts = {"train": train, "validation": evaluation, "test": evaluation}
+    read = functools.partial(_read, size=size)
     fields = {"image": ((3, *size), np.uint8), "label": ((), np.int64)}
+    plans = {}
     for task, parts in office_files(name, source).items():
-        stores[task] = {}
         for part, items in parts.items():
-            meta = {
-                "set": TITLES[name],
-                "task": task,
-                "part": part,
-                "classes": len(class_names(name)),
-            }
-            chosen = _chosen(items, train if part == "train" else evaluation)
-            try:
-                stores[task][part] = build_store(
-                    _store_name(name, task, part, size, train, evaluation),
-                    chosen,
-                    functools.partial(_read, size=size),
-                    fields,
-                    meta,
-                    progress,
-                )
-            except ValueError as error:
-                corrupt.append(str(error))
-    if corrupt:
-        raise ValueError("\n".join(corrupt))
-    return stores
+            meta = {"set": TITLES[name], "task": task, "part": part}
+            meta["classes"] = len(class_names(name))
+            chosen = _chosen(items, counts[part])
+            store = store_name(name, task, part, size=size, count=counts[part])
+            plans[task, part] = StorePlan(store, chosen, read, fields, meta)
+    return _by_task(build_stores(plans, progress))
+
+
+def _by_task(stores) -> dict:
+    "From {(task, part): Store} to {task: {part: Store}}."
+    tasks = {}
+    for (task, part), store in stores.items():
+        tasks.setdefault(task, {})[part] = store
+    return tasks
 
 # %% ../../nbs/07_data/09_office.ipynb #ca7bb390
 def open_office(
     name: str,  # of the set
-    size: tuple = (224, 224),
+    size: tuple = (224, 224),  # these three as in `prepare_office`
     train: int = 0,
     evaluation: int = 0,
 ) -> dict | None:  # {task: {part: Store}}
     "The prepared arrays, or None where one of them is not there."
-    size, stores = tuple(int(x) for x in size), {}
+    size = check_size(size)
+    counts = {"train": train, "validation": evaluation, "test": evaluation}
+    names = {}
     for task in DOMAINS[name]:
-        stores[task] = {
-            part: open_store(_store_name(name, task, part, size, train, evaluation))
-            for part in PARTS
-        }
-        if None in stores[task].values():
-            return None
-    return stores
+        for part in PARTS:
+            names[task, part] = store_name(name, task, part, size=size, count=counts[part])
+    stores = open_stores(names)
+    return None if stores is None else _by_task(stores)

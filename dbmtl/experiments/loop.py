@@ -138,7 +138,9 @@ class Loop:
     def _tell_learning_rate(self):
         "IGBv2's reward is relative to the first learning rate."
         rate = self.optimizer.param_groups[0]["lr"]
-        self.balancer.transform.set_learning_rate_ratio(self.scale.learning_rate / rate)
+        if rate > 0:
+            ratio = self.scale.learning_rate / rate
+            self.balancer.transform.set_learning_rate_ratio(ratio)
 
     def step(
         self,

@@ -49,7 +49,7 @@ def move_lambda(
         )
     return _PROJECTIONS[projection](moved)
 
-# %% ../../nbs/03_gradient_balancing/13_moco.ipynb #c5087d15
+# %% ../../nbs/03_gradient_balancing/13_moco.ipynb #aff4e495
 def tensors_in_memory(
     memory: dict,  # {position: [T, ...]}, unchanged
     rows: list[list[Tensor]],  # T rows of P gradients
@@ -68,7 +68,7 @@ def tensors_in_memory(
             )
     return tensors
 
-# %% ../../nbs/03_gradient_balancing/13_moco.ipynb #aff4e495
+
 class MoCo(GradientAggregator):
     "Weights and direction from tracked gradients, MoCo (Fernando et al., ICLR 2023)."
 

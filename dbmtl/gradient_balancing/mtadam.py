@@ -74,7 +74,7 @@ def _advance(
         advanced.append(adam)
     return advanced
 
-# %% ../../nbs/03_gradient_balancing/10_mtadam.ipynb #16243f77
+
 def _number_leaves(
     memory: dict,  # of MTAdam
     leaves: dict,  # {leaf: number} of the steps before in this process

@@ -28,7 +28,9 @@ def half_precision(
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
     dtype = PRECISIONS[precision]
-    return contextlib.nullcontext() if dtype is None else torch.autocast(kind, dtype)
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(kind, dtype)
 
 # %% ../../nbs/08_models/07_precision.ipynb #b5d363c7
 def map_tensors(
@@ -45,40 +47,42 @@ def map_tensors(
     if not isinstance(value, tuple):
         return value
     parts = [map_tensors(change, each) for each in value]
-    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    is_named = hasattr(value, "_fields")
+    return type(value)(*parts) if is_named else tuple(parts)
 
 # %% ../../nbs/08_models/07_precision.ipynb #df7f0a37
-def _full(x: Tensor) -> Tensor:
+def _to_float32(x: Tensor) -> Tensor:
     "Half precision becomes float32; everything else stays."
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _last(x: Tensor) -> Tensor:
-    "Batches of images in channels-last order."
+def _to_channels_last(x: Tensor) -> Tensor:
+    "Batches of images in channels-last order; everything else stays."
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 # %% ../../nbs/08_models/07_precision.ipynb #7b41af4f
 class Rewound:
-    "Inside, a module has copies of its buffers as they were when this was made; may be entered many times."
+    """Inside, a module has copies of its buffers as they were when this was made.
+
+    May be entered many times, also while it is entered.
+    """
 
     def __init__(self, module: nn.Module):
-        self.places = [
-            (m._buffers, name)
-            for m in module.modules()
-            for name, b in m._buffers.items()
-            if b is not None
-        ]
+        self.places = []  # (dictionary of a layer's buffers, name)
+        for layer in module.modules():
+            names = [name for name, buffer in layer._buffers.items() if buffer is not None]
+            self.places += [(layer._buffers, name) for name in names]
         self.before = [buffers[name].clone() for buffers, name in self.places]
-        self.now = []
+        self.outside = []  # the real buffers, once for each time it is entered
 
     def __enter__(self):
-        self.now.append([buffers[name] for buffers, name in self.places])
-        for (buffers, name), old in zip(self.places, self.before, strict=True):
-            buffers[name] = old.clone()
+        self.outside.append([buffers[name] for buffers, name in self.places])
+        for (buffers, name), buffer in zip(self.places, self.before, strict=True):
+            buffers[name] = buffer.clone()
 
     def __exit__(self, kind, error, trace):
-        for (buffers, name), new in zip(self.places, self.now.pop(), strict=True):
-            buffers[name] = new
+        for (buffers, name), buffer in zip(self.places, self.outside.pop(), strict=True):
+            buffers[name] = buffer
         if kind is RuntimeError and "vmap" in str(error):
             raise RuntimeError(
                 "grads='batched' cannot recompute dropout: use grads='split' with checkpointing"
@@ -90,7 +94,10 @@ def checkpointed(
     module: nn.Module,  # whose buffers it may change
     *inputs,
 ):  # what run(*inputs) returns
-    "Run without keeping activations; each backward pass runs once more, with the same dropout and the same buffers."
+    """Run without keeping activations.
+
+    Each backward pass runs once more, with the same dropout masks and the same buffers.
+    """
     if not torch.is_grad_enabled():
         return run(*inputs)
     return torch.utils.checkpoint.checkpoint(
@@ -101,74 +108,102 @@ def checkpointed(
         context_fn=lambda: (contextlib.nullcontext(), Rewound(module)),
     )
 
-# %% ../../nbs/08_models/07_precision.ipynb #bc954ce5
-def _keep_buffers():
-    "Tell the compiler, for the whole process, that the next task's pass still needs what it would write into."
-    from torch._functorch import config  # is not there before it is imported
+# %% ../../nbs/08_models/07_precision.ipynb #7e7c8c9a
+def _subclass(base: type, forward: Callable, make: Callable, *switches) -> type:
+    "A subclass of the same name with another `forward`; `make(base, *switches)` makes it anew."
 
-    config.donated_buffer = False
+    def __reduce_ex__(self, protocol):
+        return _empty_module, (make, base, *switches), self.__getstate__()
+
+    members = {
+        "forward": forward,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": base.__module__,
+        "made_efficient": True,
+    }
+    return type(base.__name__, (base,), members)
+
+
+def _empty_module(make, base, *switches) -> nn.Module:
+    "A module of such a subclass without its state, which `pickle` and `copy` fill in."
+    subclass = make(base, *switches)
+    return subclass.__new__(subclass)
+
+# %% ../../nbs/08_models/07_precision.ipynb #bc954ce5
+def _trunk_class(base: type, compile: str | bool, checkpoint: bool) -> type:
+    "The subclass of a trunk that is compiled, recomputed, or both."
+    if compile:
+        _keep_buffers()
+    return _cached_trunk_class(base, compile, checkpoint)
 
 
 @functools.cache
-def _trunk_class(base: type, compile, checkpoint: bool) -> type:
+def _cached_trunk_class(base, compile, checkpoint) -> type:
     run = torch.compile(base.forward, backend=compile) if compile else base.forward
 
     def forward(self, *inputs, **options):
         self.__dict__["ran"] = True
-        once = functools.partial(run, self, **options)
-        return checkpointed(once, self, *inputs) if checkpoint else once(*inputs)
+        run_once = functools.partial(run, self, **options)
+        if checkpoint:
+            return checkpointed(run_once, self, *inputs)
+        return run_once(*inputs)
 
-    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+    return _subclass(base, forward, _trunk_class, compile, checkpoint)
+
+
+def _keep_buffers():
+    "For the whole process: the compiler must not write into what another task's pass still needs."
+    from torch._functorch import config  # is not there before it is imported
+
+    config.donated_buffer = False
 
 # %% ../../nbs/08_models/07_precision.ipynb #0e28ba1d
 @functools.cache
-def _model_class(base: type, channels_last: bool, precision: str, unit: bool) -> type:
+def _model_class(base: type, channels_last: bool, precision: str, trunk_is_unit: bool) -> type:
+    "The subclass of a network."
+
     def forward(self, *inputs, **options):
         if channels_last:
-            inputs = map_tensors(_last, inputs)
-        if unit:
+            inputs = map_tensors(_to_channels_last, inputs)
+        if trunk_is_unit:
             self.trunk.__dict__["ran"] = False
         with half_precision(precision, next(self.parameters()).device.type):
             predictions = base.forward(self, *inputs, **options)
-        if unit and not self.trunk.ran:
+        if trunk_is_unit and not self.trunk.ran:
             raise RuntimeError(
-                f"{base.__name__}.forward does not call self.trunk(...): compile and checkpoint have no effect"
+                f"{base.__name__}.forward does not call self.trunk(...): "
+                "compile and checkpoint have no effect"
             )
-        return map_tensors(_full, predictions)
+        return map_tensors(_to_float32, predictions)
 
-    return type(
-        base.__name__,
-        (base,),
-        {"forward": forward, "__module__": base.__module__, "made_efficient": True},
-    )
+    return _subclass(base, forward, _model_class, channels_last, precision, trunk_is_unit)
 
 # %% ../../nbs/08_models/07_precision.ipynb #d4df0170
 def efficient(
     model: nn.Module,  # with .trunk, and forward(inputs) or forward(inputs, task)
     channels_last: bool = False,  # order of the weights and inputs of convolutions
     precision: str = "fp32",  # "fp32", "bf16" or "fp16" (train that one with a GradScaler)
-    compile: bool
-    | str = False,  # the trunk; True is inductor, which needs a C++ compiler; or another backend's name
-    checkpoint: bool = False,  # keep no activations of the trunk; recomputed once in each backward pass
+    compile: bool | str = False,  # the trunk, by this backend; True is inductor (needs C++)
+    checkpoint: bool = False,  # recompute the trunk in each backward pass, keep no activations
 ) -> nn.Module:  # the same module
     "Choose how a network is run; parameters, their names and `.trunk` stay."
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
     if isinstance(compile, str):
-        known = torch.compiler.list_backends(exclude_tags=())
-        if compile not in known:
-            raise unknown_name("backend", compile, known)
+        backends = torch.compiler.list_backends(exclude_tags=())
+        if compile not in backends:
+            raise unknown_name("backend", compile, backends)
     if hasattr(model, "made_efficient"):
         raise ValueError("efficient() was called for this network before")
-    unit = bool(compile or checkpoint)
-    if compile:
-        _keep_buffers()
-    if unit:
-        model.trunk.__class__ = _trunk_class(
-            type(model.trunk), "inductor" if compile is True else compile, bool(checkpoint)
-        )
+    if compile is True:
+        compile = "inductor"
+    trunk_is_unit = bool(compile or checkpoint)
+    if trunk_is_unit:
+        trunk_class = _trunk_class(type(model.trunk), compile, bool(checkpoint))
+        model.trunk.__class__ = trunk_class
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    if unit or channels_last or precision != "fp32":
-        model.__class__ = _model_class(type(model), bool(channels_last), precision, unit)
+    if trunk_is_unit or channels_last or precision != "fp32":
+        switches = (bool(channels_last), precision, trunk_is_unit)
+        model.__class__ = _model_class(type(model), *switches)
     return model

@@ -22,7 +22,8 @@ def chunk_shapes(
     rows: int = 8,  # molecules of a chunk
 ) -> tuple[tuple[int, int], ...]:  # (molecules, atoms) of each chunk
     "Cut a batch, sorted by size, into chunks of equal numbers of molecules."
-    return tuple((len(part), int(part[-1])) for part in sizes.sort().values.split(rows))
+    chunks = sizes.sort().values.split(rows)
+    return tuple((len(chunk), int(chunk[-1])) for chunk in chunks)
 
 # %% ../../nbs/08_models/01_qm9.ipynb #9d7a84cd
 def fixed_shapes(
@@ -30,7 +31,7 @@ def fixed_shapes(
     largest: int = 29,  # atoms of the largest molecule
     middle: int = 20,  # padding of the smaller half
 ) -> tuple:  # candidates, cheapest first, each a tuple of (molecules, atoms)
-    "The fixed set of padded shapes of a batch size."
+    "The padded shapes that a batch of this size may have."
     half = batch_size // 2
     return ((half, middle), (batch_size - half, largest)), ((batch_size, largest),)
 
@@ -42,11 +43,11 @@ def choose_shapes(
     "The first candidate that holds the batch; ValueError where none does."
     ordered = sizes.sort().values
     for shapes in candidates:
-        ends = torch.tensor([rows for rows, _ in shapes]).cumsum(0)
-        if ends[-1] == len(sizes) and all(
-            ordered[e - 1] <= atoms for e, (_, atoms) in zip(ends, shapes, strict=True)
-        ):
-            return shapes
+        rows = [count for count, _ in shapes]
+        if sum(rows) == len(sizes):
+            chunks = zip(ordered.split(rows), shapes, strict=True)
+            if all((chunk <= atoms).all() for chunk, (_, atoms) in chunks):
+                return shapes
     raise ValueError(
         f"sizes: {len(sizes)} molecules of up to {int(ordered[-1])} atoms fit none of {candidates}"
     )
@@ -59,16 +60,18 @@ def chunk_edges(
 ) -> Tensor:  # [C, n, n, 5], zero at padding and on the diagonal
     "Edge features of the complete graph: four bond types and the distance."
     place = torch.arange(atoms, device=rows.device)
-    inside = place < molecules.size[rows, None]
+    is_atom = place < molecules.size[rows, None]
     atom = (molecules.start[rows, None] + place).clamp(max=len(molecules.number) - 1)
     position = molecules.position[atom]
-    low, high = torch.minimum(place[:, None], place), torch.maximum(place[:, None], place)
+    low = torch.minimum(place[:, None], place)
+    high = torch.maximum(place[:, None], place)
+    is_pair = is_atom[:, :, None] & is_atom[:, None, :] & (low < high)
     pair = molecules.pair_start[rows, None, None] + high * (high - 1) // 2 + low
-    present = inside[:, :, None] & inside[:, None, :] & (low < high)
-    order = molecules.pair_order[pair.clamp(0, len(molecules.pair_order) - 1)] * present
+    order = molecules.pair_order[pair.clamp(0, len(molecules.pair_order) - 1)] * is_pair
     bond = torch.stack([order == k for k in (1, 2, 3)], -1).to(position.dtype)
-    distance = (position[:, :, None] - position[:, None]).square().sum(-1).sqrt() * present
-    return torch.cat([bond, torch.zeros_like(distance)[..., None], distance[..., None]], -1)
+    distance = (position[:, :, None] - position[:, None]).square().sum(-1).sqrt() * is_pair
+    aromatic = torch.zeros_like(distance)
+    return torch.cat([bond, aromatic[..., None], distance[..., None]], -1)
 
 # %% ../../nbs/08_models/01_qm9.ipynb #41a1b0e3
 @dataclass(frozen=True)
@@ -97,15 +100,14 @@ def dense_batch(
     mask = place < size[:, None]
     atom = (molecules.start[ordered, None] + place).clamp(max=len(molecules.number) - 1)
     x = atom_features(molecules.number[atom], molecules.hydrogens[atom]) * mask[..., None]
-    parts = ordered.split([count for count, _ in shapes])
-    edges = tuple(
-        chunk_edges(molecules, part, atoms) for part, (_, atoms) in zip(parts, shapes, strict=True)
-    )
-    return DenseBatch(x.to(molecules.position.dtype), mask, edges, order.argsort())
+    edges = []
+    for rows, (_, atoms) in zip(ordered.split([n for n, _ in shapes]), shapes, strict=True):
+        edges.append(chunk_edges(molecules, rows, atoms))
+    return DenseBatch(x.to(molecules.position.dtype), mask, tuple(edges), order.argsort())
 
 # %% ../../nbs/08_models/01_qm9.ipynb #237bab77
 class DenseConv(nn.Module):
-    "torch-geometric's `NNConv(..., aggr='mean')` on padded complete graphs; same parameters, names and outputs."
+    "torch-geometric's `NNConv(..., aggr='mean')` on padded complete graphs, with the same names."
 
     def __init__(
         self,
@@ -113,36 +115,50 @@ class DenseConv(nn.Module):
         hidden: int,  # K
     ):
         super().__init__()
-        self.nn = nn.Sequential(nn.Linear(5, hidden), nn.ReLU(), nn.Linear(hidden, width * width))
+        self.nn = _edge_network(width, hidden)
         self.lin = nn.Linear(width, width, bias=False)
         self.bias = nn.Parameter(torch.zeros(width))
         nn.init.uniform_(self.lin.weight, -(width**-0.5), width**-0.5)
 
-    def edge_units(self, edges):
-        "Hidden units of every edge, zero on the diagonal: [C, n, n, 5] -> [C, n, n, K]."
-        self_pair = torch.eye(edges.shape[1], dtype=torch.bool, device=edges.device)
-        return self.nn[1](self.nn[0](edges)).masked_fill(self_pair[..., None], 0)
+    def edge_units(
+        self,
+        edges: Tensor,  # [C, n, n, 5] of a chunk
+    ) -> Tensor:  # [C, n, n, K]
+        "Hidden units of every edge, zero on the diagonal."
+        is_self = torch.eye(edges.shape[1], dtype=torch.bool, device=edges.device)
+        first, relu, _ = self.nn
+        return relu(first(edges)).masked_fill(is_self[..., None], 0)
 
-    def matrices(self):
-        "The edge network's last layer as [K D, D] and its bias as [D, D]; rows k D + c."
-        last, width = self.nn[2], len(self.bias)
+    def matrices(self) -> tuple[Tensor, Tensor]:  # [K D, D], row k D + c; [D, D]
+        "The last layer of the edge network: its weight as stacked matrices, and its bias."
+        last = self.nn[2]
+        width = len(self.bias)
         weight = last.weight.view(width, width, -1).permute(2, 0, 1).reshape(-1, width)
         return weight, last.bias.view(width, width)
 
-    def forward(self, x, units, size, matrices):
-        "x [B, N, D] (zero at padding), units of each chunk, size [B, 1, 1] -> [B, N, D]."
+    def forward(
+        self,
+        x: Tensor,  # [B, N, D], zero at padding
+        units: list,  # of each chunk, [C, n, n, K]
+        size: Tensor,  # [B, 1, 1] atoms
+        matrices: tuple,  # of `matrices`
+    ) -> Tensor:  # [B, N, D]
         weight, bias = matrices
-        parts, first = [], 0
-        for h in units:
+        messages = []
+        states = x.split([len(h) for h in units])
+        for h, state in zip(units, states, strict=True):
             rows, atoms = h.shape[:2]
-            local = x[first : first + rows, :atoms]
-            s = h.flatten(2).transpose(1, 2) @ local
+            s = h.flatten(2).transpose(1, 2) @ state[:, :atoms]
             message = s.reshape(rows, atoms, -1) @ weight
-            parts.append(F.pad(message, (0, 0, 0, x.shape[1] - atoms)))
-            first += rows
+            messages.append(F.pad(message, (0, 0, 0, x.shape[1] - atoms)))
         others = x.sum(1, keepdim=True) - x
-        mean = (torch.cat(parts) + others @ bias) / (size - 1).clamp(min=1)
+        mean = (torch.cat(messages) + others @ bias) / (size - 1).clamp(min=1)
         return mean + self.lin(x) + self.bias
+
+
+def _edge_network(width, hidden) -> nn.Sequential:
+    "From the five features of an edge to its D x D matrix."
+    return nn.Sequential(nn.Linear(5, hidden), nn.ReLU(), nn.Linear(hidden, width * width))
 
 # %% ../../nbs/08_models/01_qm9.ipynb #3a270102
 def gru_cell(
@@ -153,7 +169,8 @@ def gru_cell(
     "One step of a GRU in basic operations."
     reset_x, update_x, new_x = F.linear(x, cell.weight_ih_l0, cell.bias_ih_l0).chunk(3, -1)
     reset_h, update_h, new_h = F.linear(h, cell.weight_hh_l0, cell.bias_hh_l0).chunk(3, -1)
-    reset, update = torch.sigmoid(reset_x + reset_h), torch.sigmoid(update_x + update_h)
+    reset = torch.sigmoid(reset_x + reset_h)
+    update = torch.sigmoid(update_x + update_h)
     new = torch.tanh(new_x + reset * new_h)
     return new + update * (h - new)
 
@@ -165,12 +182,11 @@ def lstm_cell(
     c: Tensor,  # [..., D] memory
 ) -> tuple[Tensor, Tensor]:
     "One step of an LSTM in basic operations: new output and memory."
-    gates = F.linear(x, cell.weight_ih_l0, cell.bias_ih_l0) + F.linear(
-        h, cell.weight_hh_l0, cell.bias_hh_l0
-    )
-    enter, forget, new, leave = gates.chunk(4, -1)
-    c = torch.sigmoid(forget) * c + torch.sigmoid(enter) * torch.tanh(new)
-    return torch.sigmoid(leave) * torch.tanh(c), c
+    from_x = F.linear(x, cell.weight_ih_l0, cell.bias_ih_l0)
+    from_h = F.linear(h, cell.weight_hh_l0, cell.bias_hh_l0)
+    input_gate, forget_gate, new, output_gate = (from_x + from_h).chunk(4, -1)
+    c = torch.sigmoid(forget_gate) * c + torch.sigmoid(input_gate) * torch.tanh(new)
+    return torch.sigmoid(output_gate) * torch.tanh(c), c
 
 # %% ../../nbs/08_models/01_qm9.ipynb #6b3c57f1
 class DenseSet2Set(nn.Module):
@@ -178,17 +194,22 @@ class DenseSet2Set(nn.Module):
 
     def __init__(self, width: int, steps: int = 3):
         super().__init__()
-        self.steps, self.lstm = steps, nn.LSTM(2 * width, width)
+        self.steps = steps
+        self.lstm = nn.LSTM(2 * width, width)
 
-    def forward(self, x, mask):
-        "x [B, N, D], mask [B, N] -> [B, 2 D]."
+    def forward(
+        self,
+        x: Tensor,  # [B, N, D]
+        mask: Tensor,  # [B, N] True at atoms
+    ) -> Tensor:  # [B, 2 D]
         q = c = x.new_zeros(len(x), x.shape[2])
-        pair = x.new_zeros(len(x), 2 * x.shape[2])
+        q_and_r = x.new_zeros(len(x), 2 * x.shape[2])
         for _ in range(self.steps):
-            q, c = lstm_cell(self.lstm, pair, q, c)
+            q, c = lstm_cell(self.lstm, q_and_r, q, c)
             score = (x @ q[..., None]).squeeze(-1).masked_fill(~mask, -torch.inf)
-            pair = torch.cat([q, (score.softmax(1)[:, None] @ x).squeeze(1)], 1)
-        return pair
+            r = (score.softmax(1)[:, None] @ x).squeeze(1)
+            q_and_r = torch.cat([q, r], 1)
+        return q_and_r
 
 # %% ../../nbs/08_models/01_qm9.ipynb #21cc0d37
 class DenseTrunk(nn.Module):
@@ -209,7 +230,8 @@ class DenseTrunk(nn.Module):
     def forward(self, batch: DenseBatch) -> Tensor:
         atoms = batch.mask[..., None].to(batch.x.dtype)
         size = atoms.sum(1, keepdim=True)
-        units, matrices = [self.conv.edge_units(e) for e in batch.edges], self.conv.matrices()
+        units = [self.conv.edge_units(edges) for edges in batch.edges]
+        matrices = self.conv.matrices()
         x = torch.relu(self.lin0(batch.x)) * atoms
         for _ in range(3):
             message = torch.relu(self.conv(x, units, size, matrices))
@@ -234,29 +256,35 @@ def graph_batch(
 ) -> GraphBatch:
     "Complete graphs of some molecules as lists of edges."
     chosen = molecules.select(index)
-    size, x = chosen.size, atom_features(chosen.number, chosen.hydrogens)
+    size = chosen.size
     owner = torch.repeat_interleave(torch.arange(len(size), device=size.device), size)
     first = torch.repeat_interleave(torch.arange(len(owner), device=size.device), size[owner])
     second = ranges(chosen.start[owner], size[owner])
-    first, second = first[first != second], second[first != second]
-    base = chosen.start[owner[first]]
-    low, high = torch.minimum(first, second) - base, torch.maximum(first, second) - base
-    order = chosen.pair_order[chosen.pair_start[owner[first]] + high * (high - 1) // 2 + low].long()
+    is_edge = first != second
+    first, second = first[is_edge], second[is_edge]
+    molecule = owner[first]
+    low = torch.minimum(first, second) - chosen.start[molecule]
+    high = torch.maximum(first, second) - chosen.start[molecule]
+    pair = chosen.pair_start[molecule] + high * (high - 1) // 2 + low
     distance = (chosen.position[first] - chosen.position[second]).norm(dim=1)
-    bond = F.one_hot(order, 5)[:, 1:].to(distance.dtype)
+    bond = F.one_hot(chosen.pair_order[pair].long(), 5)[:, 1:].to(distance.dtype)
     return GraphBatch(
-        x.to(distance.dtype),
-        torch.stack([first, second]),
-        torch.cat([bond, distance[:, None]], 1),
-        owner,
-        len(size),
+        x=atom_features(chosen.number, chosen.hydrogens).to(distance.dtype),
+        edge_index=torch.stack([first, second]),
+        edge_attr=torch.cat([bond, distance[:, None]], 1),
+        owner=owner,
+        count=len(size),
     )
 
 # %% ../../nbs/08_models/01_qm9.ipynb #ad33fea8
 class ReferenceTrunk(nn.Module):
     "The shared network as LibMTL writes it, with torch-geometric's layers; needs dbmtl[qm9]."
 
-    def __init__(self, width: int = 64, hidden: int | None = None):
+    def __init__(
+        self,
+        width: int = 64,
+        hidden: int | None = None,  # as in `DenseTrunk`
+    ):
         super().__init__()
         try:
             from torch_geometric.nn import NNConv, Set2Set
@@ -264,10 +292,9 @@ class ReferenceTrunk(nn.Module):
             raise ImportError(
                 "ReferenceTrunk needs torch-geometric: pip install dbmtl[qm9]"
             ) from error
-        hidden = hidden or 2 * width
-        edge = nn.Sequential(nn.Linear(5, hidden), nn.ReLU(), nn.Linear(hidden, width * width))
+        edge_network = _edge_network(width, hidden or 2 * width)
         self.lin0 = nn.Linear(11, width)
-        self.conv = NNConv(width, width, edge, aggr="mean")
+        self.conv = NNConv(width, width, edge_network, aggr="mean")
         self.gru = nn.GRU(width, width)
         self.set2set = Set2Set(width, processing_steps=3)
         self.lin1 = nn.Linear(2 * width, width)
@@ -289,10 +316,11 @@ class QM9Network(nn.Module):
         self,
         tasks,  # names
         width: int = 64,
-        reference: bool = False,  # torch-geometric's layers on `GraphBatch` instead of dense batches
+        reference: bool = False,  # torch-geometric's layers, on `GraphBatch`
     ):
         super().__init__()
-        self.trunk = (ReferenceTrunk if reference else DenseTrunk)(width)
+        trunk_class = ReferenceTrunk if reference else DenseTrunk
+        self.trunk = trunk_class(width)
         self.heads = nn.ModuleDict({name: nn.Linear(width, 1) for name in tasks})
 
     def forward(self, batch) -> dict:
@@ -301,9 +329,10 @@ class QM9Network(nn.Module):
 
 # %% ../../nbs/08_models/01_qm9.ipynb #a5130dc7
 class CapturedStep:
-    """A training step as a function of a batch index, replayed as a CUDA graph; on the CPU it just runs.
+    """A training step, a function of a batch index, replayed as a CUDA graph; the CPU just runs it.
 
-    The CUDA path has not run where this was written; `tests/models/test_qm9.py` tests it where CUDA exists.
+    The CUDA path has not run where this was written; `tests/models/test_qm9.py` tests it where
+    CUDA exists.
     """
 
     def __init__(
@@ -312,8 +341,11 @@ class CapturedStep:
         index: Tensor,  # [B] on the device: fixes the batch size
         warmup: int = 3,  # steps that run eagerly first, as training steps like all others
     ):
-        self.step, self.index, self.left = step, index.clone(), warmup
-        self.graph = self.result = None
+        self.step = step
+        self.index = index.clone()
+        self.eager_steps_left = warmup
+        self.graph = None
+        self.result = None
 
     def __call__(self, index: Tensor) -> Tensor:
         if index.shape != self.index.shape:
@@ -323,7 +355,7 @@ class CapturedStep:
         self.index.copy_(index)
         if not self.index.is_cuda:
             return self.step(self.index)
-        if self.left:
+        if self.eager_steps_left:
             return self._eager()
         if self.graph is None:
             self._capture()
@@ -331,7 +363,7 @@ class CapturedStep:
         return self.result
 
     def _eager(self):
-        self.left -= 1
+        self.eager_steps_left -= 1
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.checks import check_whole
+from .deeplab import check_outputs, conv_norm
+
 # %% ../../nbs/08_models/04_segnet.ipynb #ad3eb3c5
 def conv_layer(
     inputs: int,  # channels
@@ -20,53 +23,71 @@ def conv_layer(
     size: int = 3,  # of the kernel; odd
 ) -> nn.Sequential:
     "Convolution that keeps the size, batch normalization, ReLU."
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, size, padding=size // 2),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-    )
+    return conv_norm(inputs, outputs, size, bias=True)
 
 # %% ../../nbs/08_models/04_segnet.ipynb #35fb5f20
 class Level(nn.Module):
     "A first layer that changes the number of channels, and one or two that keep it."
 
-    def __init__(self, inputs: int, outputs: int, layers: int):
+    def __init__(
+        self,
+        inputs: int,  # channels
+        outputs: int,
+        layers: int,  # 2 or 3
+    ):
         super().__init__()
         self.first = conv_layer(inputs, outputs)
         self.rest = nn.Sequential(*[conv_layer(outputs, outputs) for _ in range(layers - 1)])
 
-    def forward(self, x):  # (after the first layer, after the last)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # after the first layer, after the last
         first = self.first(x)
         return first, self.rest(first)
 
 # %% ../../nbs/08_models/04_segnet.ipynb #3ff6d34a
+_LAYERS = (2, 2, 3, 3, 3)  # of the encoder's levels; the decoder has them in reverse
+
+
+def _channels(width) -> tuple[list, list]:
+    "Channels (in, out) of the encoder's five levels and of the decoder's."
+    down = [width * k for k in (1, 2, 4, 8, 8)]
+    up = [*down[::-1], width]
+    return list(pairwise([3, *down])), list(pairwise(up))
+
+
 class SegNetTrunk(nn.Module):
     "Encoder and decoder; returns the last features, or with `carry` ten pairs (u, p), one a level."
 
-    def __init__(self, width: int = 64, carry: bool = False):
+    def __init__(
+        self,
+        width: int = 64,  # w
+        carry: bool = False,  # own the convolutions of the attention
+    ):
         super().__init__()
-        down = [width * k for k in (1, 2, 4, 8, 8)]
-        steps, up = list(pairwise([3, *down])), list(pairwise([*down[::-1], width]))
-        self.encoder = nn.ModuleList(
-            Level(a, b, n) for (a, b), n in zip(steps, (2, 2, 3, 3, 3), strict=True)
-        )
-        self.decoder = nn.ModuleList(
-            Level(a, b, n) for (a, b), n in zip(up, (3, 3, 3, 2, 2), strict=True)
-        )
-        after = [*steps[1:], (down[-1], down[-1])]
-        self.carry = nn.ModuleList(conv_layer(a, b) for a, b in after + up) if carry else None
+        encoder, decoder = _channels(check_whole("width", width))
+        levels = zip(encoder, _LAYERS, strict=True)
+        self.encoder = nn.ModuleList([Level(a, b, layers) for (a, b), layers in levels])
+        levels = zip(decoder, _LAYERS[::-1], strict=True)
+        self.decoder = nn.ModuleList([Level(a, b, layers) for (a, b), layers in levels])
+        self.carry = None
+        if carry:
+            deepest = encoder[-1][1]
+            to_next_level = [*encoder[1:], (deepest, deepest), *decoder]
+            self.carry = nn.ModuleList([conv_layer(a, b) for a, b in to_next_level])
 
     def forward(self, images: Tensor):  # [B, width, H, W], or pairs
         if min(images.shape[-2:]) < 32:
             raise ValueError(f"SegNet needs 32 pixels a side or more, not {tuple(images.shape)}")
-        x, levels, pooled = images, [], []
+        x = images
+        levels = []
+        poolings = []
         for level in self.encoder:
-            levels.append(level(x))
-            x, where = F.max_pool2d(levels[-1][1], 2, return_indices=True)
-            pooled.append((where, levels[-1][1].shape[-2:]))
-        for level, (where, size) in zip(self.decoder, reversed(pooled), strict=True):
-            unpooled = F.max_unpool2d(x, where, 2, output_size=size)
-            x = level(unpooled)[1]
+            first, last = level(x)
+            levels.append((first, last))
+            x, indices = F.max_pool2d(last, 2, return_indices=True)
+            poolings.append((indices, last.shape[-2:]))
+        for level, (indices, size) in zip(self.decoder, reversed(poolings), strict=True):
+            unpooled = F.max_unpool2d(x, indices, 2, output_size=size)
+            _, x = level(unpooled)
             levels.append((unpooled, x))
         return x if self.carry is None else levels
 
@@ -89,12 +110,16 @@ def attention_mask(
 class TaskAttention(nn.Module):
     "The ten masks of one task."
 
-    def __init__(self, width: int = 64):
+    def __init__(
+        self,
+        width: int = 64,  # of the trunk
+    ):
         super().__init__()
-        down = [width * k for k in (1, 2, 4, 8, 8)]
-        up = list(pairwise([*down[::-1], width]))
-        sizes = [(width, width), *((2 * c, c) for c in down[1:]), *((a + b, b) for a, b in up)]
-        self.masks = nn.ModuleList(attention_mask(seen, masked) for seen, masked in sizes)
+        encoder, decoder = _channels(check_whole("width", width))
+        channels = [(width, width)]  # what a mask looks at, what it multiplies
+        channels += [(2 * out, out) for _, out in encoder[1:]]
+        channels += [(a + b, b) for a, b in decoder]
+        self.masks = nn.ModuleList([attention_mask(seen, masked) for seen, masked in channels])
 
     def forward(
         self,
@@ -103,13 +128,14 @@ class TaskAttention(nn.Module):
     ) -> Tensor:  # [B, width, H, W]
         "The task's features."
         carried = None
-        for j, ((u, p), mask, convolve) in enumerate(zip(levels, self.masks, carry, strict=True)):
-            if j > 4:
-                carried = convolve(
-                    F.interpolate(carried, size=u.shape[-2:], mode="bilinear", align_corners=True)
-                )
-            masked = mask(u if carried is None else torch.cat([u, carried], 1)) * p
-            carried = F.max_pool2d(convolve(masked), 2) if j < 5 else masked
+        for j, ((u, p), mask, f) in enumerate(zip(levels, self.masks, carry, strict=True)):
+            goes_down = j < 5
+            if not goes_down:
+                size = u.shape[-2:]
+                carried = f(F.interpolate(carried, size, mode="bilinear", align_corners=True))
+            seen = u if carried is None else torch.cat([u, carried], 1)
+            masked = mask(seen) * p
+            carried = F.max_pool2d(f(masked), 2) if goes_down else masked
         return masked
 
 # %% ../../nbs/08_models/04_segnet.ipynb #3e712751
@@ -133,34 +159,39 @@ def xavier_(module: nn.Module) -> nn.Module:
 
 # %% ../../nbs/08_models/04_segnet.ipynb #9a7652a1
 class SegNet(nn.Module):
-    "SegNet for several tasks: shared `trunk`; `attention[task]` and `heads[task]` belong to their task."
+    "SegNet: shared `trunk`; `attention[task]` and `heads[task]` belong to their task."
 
     def __init__(
         self,
-        tasks: dict,  # {task: numbers a pixel}
-        width: int = 64,
+        tasks: dict[str, int],  # {task: channels of its prediction}
+        width: int = 64,  # filters of the first level
         attention: bool = True,  # False: all heads read the trunk's last features
     ):
         super().__init__()
+        check_outputs(tasks)
         self.trunk = SegNetTrunk(width, carry=attention)
-        self.attention = nn.ModuleDict({task: TaskAttention(width) for task in tasks if attention})
-        self.heads = nn.ModuleDict(
-            {task: dense_head(width, outputs) for task, outputs in tasks.items()}
-        )
+        masked_tasks = tasks if attention else ()
+        self.attention = nn.ModuleDict({task: TaskAttention(width) for task in masked_tasks})
+        heads = {task: dense_head(width, outputs) for task, outputs in tasks.items()}
+        self.heads = nn.ModuleDict(heads)
         xavier_(self.trunk)
         xavier_(self.attention)
 
-    def forward(self, images: Tensor) -> dict:  # {task: [B, outputs, H, W]}
+    def forward(self, images: Tensor) -> dict[str, Tensor]:  # {task: [B, outputs, H, W]}
         "Raw predictions at the images' size."
-        found = self.trunk(images)
-        own = {task: attend(found, self.trunk.carry) for task, attend in self.attention.items()}
-        return {task: head(own.get(task, found)) for task, head in self.heads.items()}
+        shared = self.trunk(images)
+        features = dict.fromkeys(self.heads, shared)
+        for task, attention in self.attention.items():
+            features[task] = attention(shared, self.trunk.carry)
+        return {task: head(features[task]) for task, head in self.heads.items()}
 
 # %% ../../nbs/08_models/04_segnet.ipynb #6dc5a89e
 def parameter_counts(model: nn.Module) -> dict:
     "{`shared`: parameters of the trunk, task: parameters that are this task's own}."
     counts = {"shared": sum(p.numel() for p in model.trunk.parameters())}
     for name, parts in model.named_children():
-        for task, part in parts.items() if name != "trunk" else ():
+        if name == "trunk":
+            continue
+        for task, part in parts.items():
             counts[task] = counts.get(task, 0) + sum(p.numel() for p in part.parameters())
     return counts

@@ -6,49 +6,42 @@
 __all__ = ['AttendedResNet', 'StageAttention', 'MTANNet', 'StitchedResNets', 'CrossStitch', 'Experts', 'image_gate', 'MMoE']
 
 # %% ../../nbs/08_models/05_soft_sharing.ipynb #eed4960f
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .resnet import ASPPHead, Bottleneck, resnet50_dilated
+from ..core.checks import check_number, check_whole
+from .deeplab import aspp_heads, check_outputs, read_heads
+from .resnet import Bottleneck, resnet50_dilated, shortcut
 from .segnet import attention_mask
-
-# %% ../../nbs/08_models/05_soft_sharing.ipynb #08714329
-def _heads(tasks: dict, channels: int, width: int) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {task: ASPPHead(channels, outputs, 4 * width) for task, outputs in tasks.items()}
-    )
-
-
-def _read(heads: nn.ModuleDict, features: dict, images: Tensor) -> dict:
-    "Each task's prediction at the size of the images."
-    size = images.shape[-2:]
-    return {
-        task: F.interpolate(head(features[task]), size, mode="bilinear", align_corners=True)
-        for task, head in heads.items()
-    }
 
 # %% ../../nbs/08_models/05_soft_sharing.ipynb #243c1f41
 class AttendedResNet(nn.Module):
-    "The dilated ResNet-50 as four pairs (u, p), one a stage, and the three blocks that attention calls between stages."
+    """The dilated ResNet-50 as four pairs (u, p), one a stage.
 
-    def __init__(self, width: int = 64):
+    It also owns `carry`, the three blocks that the attention calls between stages.
+    """
+
+    def __init__(
+        self,
+        width: int = 64,  # channels of the stem
+    ):
         super().__init__()
         self.backbone = resnet50_dilated(width)
         self.channels = self.backbone.channels
-        self.carry = nn.ModuleList(
-            self._block(a, b) for a, b in zip(self.channels[:-1], self.channels[1:], strict=True)
-        )
-
-    @staticmethod
-    def _block(inputs: int, outputs: int) -> Bottleneck:
-        path = nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
-        return Bottleneck(inputs, outputs // 4, downsample=path)
+        blocks = []
+        for inside, outside in pairwise(self.channels):
+            path = shortcut(inside, outside)
+            blocks.append(Bottleneck(inside, outside // 4, downsample=path))
+        self.carry = nn.ModuleList(blocks)
 
     def forward(self, images: Tensor) -> list:  # of four pairs
-        net, pairs = self.backbone, []
-        x = net.stem(images)
-        for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        resnet = self.backbone
+        x = resnet.stem(images)
+        pairs = []
+        for stage in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4):
             u = stage[:-1](x)
             x = stage[-1](u)
             pairs.append((u, x))
@@ -58,11 +51,15 @@ class AttendedResNet(nn.Module):
 class StageAttention(nn.Module):
     "The four masks of one task."
 
-    def __init__(self, channels: list):
+    def __init__(
+        self,
+        channels: list,  # of the trunk's stages
+    ):
         super().__init__()
-        self.masks = nn.ModuleList(
-            attention_mask(2 * c if j else c, c, c // 4) for j, c in enumerate(channels)
-        )
+        first, *later = channels
+        masks = [attention_mask(first, first, first // 4)]
+        masks += [attention_mask(2 * count, count, count // 4) for count in later]
+        self.masks = nn.ModuleList(masks)
 
     def forward(
         self,
@@ -70,32 +67,30 @@ class StageAttention(nn.Module):
         carry: nn.ModuleList,  # trunk.carry
     ) -> Tensor:  # [B, channels[-1], h, w]
         "The task's features."
-        masked = None
-        for j, ((u, p), mask) in enumerate(zip(pairs, self.masks, strict=True)):
-            seen = u
-            if j:
-                carried = carry[j - 1](masked)
-                if carried.shape[-2:] != u.shape[-2:]:
-                    carried = F.max_pool2d(carried, 2, ceil_mode=True)
-                seen = torch.cat([u, carried], 1)
-            masked = mask(seen) * p
+        u, p = pairs[0]
+        masked = self.masks[0](u) * p
+        for (u, p), mask, block in zip(pairs[1:], self.masks[1:], carry, strict=True):
+            carried = block(masked)
+            if carried.shape[-2:] != u.shape[-2:]:
+                carried = F.max_pool2d(carried, 2, ceil_mode=True)
+            masked = mask(torch.cat([u, carried], 1)) * p
         return masked
 
 # %% ../../nbs/08_models/05_soft_sharing.ipynb #95b96384
 class MTANNet(nn.Module):
-    "MTAN on the dilated ResNet-50: shared `trunk`; `attention[task]` and `heads[task]` belong to their task."
+    "MTAN on ResNet-50: shared `trunk`; `attention[task]` and `heads[task]` belong to their task."
 
     def __init__(
         self,
-        tasks: dict,  # {task: numbers a pixel}
+        tasks: dict[str, int],  # {task: channels of its prediction}
         width: int = 64,  # channels of the stem; 64 is ResNet-50
     ):
         super().__init__()
+        check_outputs(tasks)
         self.trunk = AttendedResNet(width)
-        self.attention = nn.ModuleDict(
-            {task: StageAttention(self.trunk.channels) for task in tasks}
-        )
-        self.heads = _heads(tasks, self.trunk.channels[-1], width)
+        attention = {task: StageAttention(self.trunk.channels) for task in tasks}
+        self.attention = nn.ModuleDict(attention)
+        self.heads = aspp_heads(tasks, self.trunk.channels[-1], width)
 
     @property
     def backbones(self) -> list:
@@ -105,36 +100,38 @@ class MTANNet(nn.Module):
     def forward(self, images: Tensor) -> dict:  # {task: [B, outputs, H, W]}
         "Raw predictions at the images' size."
         pairs = self.trunk(images)
-        return _read(
-            self.heads,
-            {task: own(pairs, self.trunk.carry) for task, own in self.attention.items()},
-            images,
-        )
+        carry = self.trunk.carry
+        features = {task: attend(pairs, carry) for task, attend in self.attention.items()}
+        return read_heads(self.heads, features, images)
 
 # %% ../../nbs/08_models/05_soft_sharing.ipynb #29b913c4
 class StitchedResNets(nn.Module):
     "T dilated ResNet-50s whose features are mixed after each stage; returns a list of T features."
 
-    def __init__(self, num_tasks: int, width: int = 64, own: float = 0.9):
+    def __init__(
+        self,
+        num_tasks: int,  # T
+        width: int = 64,  # channels of the stems
+        own: float = 0.9,  # initial weight of a task's own features; the others share the rest
+    ):
         super().__init__()
-        if not 0 <= own <= 1:
-            raise ValueError(f"own={own}: the share of a task's own features is from 0 to 1")
-        self.backbones = nn.ModuleList(resnet50_dilated(width) for _ in range(num_tasks))
+        check_number("own", own, at_least=0, at_most=1)
+        self.backbones = nn.ModuleList([resnet50_dilated(width) for _ in range(num_tasks)])
         unit = torch.full((num_tasks, num_tasks), (1 - own) / max(1, num_tasks - 1))
         unit.fill_diagonal_(own if num_tasks > 1 else 1.0)
         self.units = nn.Parameter(unit.repeat(4, 1, 1))
 
     def forward(self, images: Tensor) -> list:  # of T tensors [B, C, h, w]
-        features = [net.stem(images) for net in self.backbones]
-        for j, unit in enumerate(self.units):
-            features = [
-                getattr(net, f"layer{j + 1}")(x)
-                for net, x in zip(self.backbones, features, strict=True)
-            ]
-            features = [
-                sum(share * x for share, x in zip(row, features, strict=True)) for row in unit
-            ]
+        features = [resnet.stem(images) for resnet in self.backbones]
+        for stage, unit in zip(("layer1", "layer2", "layer3", "layer4"), self.units, strict=True):
+            pairs = zip(self.backbones, features, strict=True)
+            features = [getattr(resnet, stage)(x) for resnet, x in pairs]
+            features = [_mixture(shares, features) for shares in unit]
         return features
+
+
+def _mixture(shares, features) -> Tensor:
+    return sum(share * x for share, x in zip(shares, features, strict=True))
 
 # %% ../../nbs/08_models/05_soft_sharing.ipynb #3edee230
 class CrossStitch(nn.Module):
@@ -142,13 +139,14 @@ class CrossStitch(nn.Module):
 
     def __init__(
         self,
-        tasks: dict,  # {task: numbers a pixel}
+        tasks: dict[str, int],  # {task: channels of its prediction}
         width: int = 64,  # channels of the stems; 64 is ResNet-50
-        own: float = 0.9,  # initial weight of a task's own features; the others share the rest
+        own: float = 0.9,  # as in `StitchedResNets`
     ):
         super().__init__()
+        check_outputs(tasks)
         self.trunk = StitchedResNets(len(tasks), width, own)
-        self.heads = _heads(tasks, self.trunk.backbones[0].channels[-1], width)
+        self.heads = aspp_heads(tasks, self.trunk.backbones[0].channels[-1], width)
 
     @property
     def backbones(self) -> list:
@@ -157,17 +155,21 @@ class CrossStitch(nn.Module):
 
     def forward(self, images: Tensor) -> dict:  # {task: [B, outputs, H, W]}
         "Raw predictions at the images' size."
-        return _read(self.heads, dict(zip(self.heads, self.trunk(images), strict=True)), images)
+        features = dict(zip(self.heads, self.trunk(images), strict=True))
+        return read_heads(self.heads, features, images)
 
 # %% ../../nbs/08_models/05_soft_sharing.ipynb #854bbffe
 class Experts(nn.Module):
     "Several dilated ResNet-50s on the same images: [B, 3, H, W] -> [B, experts, C, h, w]."
 
-    def __init__(self, experts: int, width: int = 64):
+    def __init__(
+        self,
+        experts: int,  # E
+        width: int = 64,  # channels of the stems
+    ):
         super().__init__()
-        if experts < 1:
-            raise ValueError(f"experts={experts}: at least one is needed")
-        self.experts = nn.ModuleList(resnet50_dilated(width) for _ in range(experts))
+        check_whole("experts", experts)
+        self.experts = nn.ModuleList([resnet50_dilated(width) for _ in range(experts)])
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.stack([expert(images) for expert in self.experts], 1)
@@ -178,24 +180,24 @@ def image_gate(
     cells: int = 8,  # the image is averaged to cells x cells
 ) -> nn.Sequential:  # [B, 3, H, W] -> [B, experts]
     "Weights over experts: pooled image, linear, softmax."
-    return nn.Sequential(
-        nn.AdaptiveAvgPool2d(cells), nn.Flatten(), nn.Linear(3 * cells**2, experts), nn.Softmax(-1)
-    )
+    linear = nn.Linear(3 * cells**2, experts)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(cells), nn.Flatten(), linear, nn.Softmax(-1))
 
 # %% ../../nbs/08_models/05_soft_sharing.ipynb #c8806638
 class MMoE(nn.Module):
-    "Multi-gate mixture of experts: shared `trunk`; `gates[task]` and `heads[task]` belong to their task."
+    "Mixture of experts: shared `trunk`; `gates[task]` and `heads[task]` belong to their task."
 
     def __init__(
         self,
-        tasks: dict,  # {task: numbers a pixel}
+        tasks: dict[str, int],  # {task: channels of its prediction}
         width: int = 64,  # channels of the stems; 64 is ResNet-50
-        experts: int = 3,
+        experts: int = 3,  # E
     ):
         super().__init__()
+        check_outputs(tasks)
         self.trunk = Experts(experts, width)
         self.gates = nn.ModuleDict({task: image_gate(experts) for task in tasks})
-        self.heads = _heads(tasks, self.trunk.experts[0].channels[-1], width)
+        self.heads = aspp_heads(tasks, self.trunk.experts[0].channels[-1], width)
 
     @property
     def backbones(self) -> list:
@@ -204,9 +206,8 @@ class MMoE(nn.Module):
 
     def forward(self, images: Tensor) -> dict:  # {task: [B, outputs, H, W]}
         "Raw predictions at the images' size."
-        found = self.trunk(images)
-        mixed = {
-            task: torch.einsum("be,bechw->bchw", gate(images), found)
-            for task, gate in self.gates.items()
-        }
-        return _read(self.heads, mixed, images)
+        features = self.trunk(images)
+        mixed = {}
+        for task, gate in self.gates.items():
+            mixed[task] = torch.einsum("be,bechw->bchw", gate(images), features)
+        return read_heads(self.heads, mixed, images)

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'paper_table', 'paper_directions', 'half_unit', 'paper_half_units', 'Printed', 'paper_summary',
-           'paper_ablation', 'paper_sources', 'paper_figure', 'paper_claims', 'Recomputed', 'recompute_delta_p']
+           'paper_ablation', 'paper_averages', 'paper_sources', 'paper_figure', 'paper_claims', 'Recomputed',
+           'recompute_delta_p', 'paper_task_gains']
 
 # %% ../../nbs/11_report/02_paper.ipynb #c7f0bf02
 import csv
-import difflib
 import functools
 from importlib.resources import files
 from typing import NamedTuple
 
-from ..experiments.metrics import delta_p, delta_p_interval
+from ..core.checks import check_choice
+from ..experiments.metrics import delta_p, delta_p_interval, delta_p_per_task
 
 # %% ../../nbs/11_report/02_paper.ipynb #1d8e28b9
 TABLES = {
@@ -29,40 +30,27 @@ TABLES = {
 @functools.cache
 def _rows(name):
     "The rows of one packaged CSV file, as a tuple of dictionaries that nobody changes."
-    with (
-        files("dbmtl")
-        .joinpath("assets", f"paper_{name}.csv")
-        .open(encoding="utf-8", newline="") as file
-    ):
+    path = files("dbmtl").joinpath("assets", f"paper_{name}.csv")
+    with path.open(encoding="utf-8", newline="") as file:
         return tuple(csv.DictReader(file))
-
-
-def _known(argument, value, names):
-    "Raise unless `value` is one of `names`, with the nearest of them."
-    if value not in names:
-        near = difflib.get_close_matches(str(value), names, 1, 0)
-        raise ValueError(
-            f"{argument} must be one of {list(names)}, got {value!r}; the nearest name is {near[0]!r}"
-        )
 
 # %% ../../nbs/11_report/02_paper.ipynb #3166128a
 def _table_rows(benchmark, source):
     "Rows of a main table for source 'paper' (whoever made them), else all rows of that source."
-    _known("benchmark", benchmark, TABLES)
+    check_choice("benchmark", benchmark, TABLES)
     rows = [row for row in _rows("tables") if row["benchmark"] == benchmark and row["table"] != "5"]
-    _known("source", source, list(dict.fromkeys(row["source"] for row in rows)))
+    check_choice("source", source, list(dict.fromkeys(row["source"] for row in rows)))
     if source == "paper":
         return [row for row in rows if row["table"] == TABLES[benchmark]]
     return [row for row in rows if row["source"] == source]
 
 # %% ../../nbs/11_report/02_paper.ipynb #c7545bc3
 def _nested(benchmark, source, read):
-    "method -> task -> metric -> read(text), in the printed order of methods; averages are left out."
+    "method -> task -> metric -> read(text), methods in the printed order; averages are left out."
     rows = _table_rows(benchmark, source)
     # the averages of Table 6 are listed in the printed order, its other rows by source
-    order = [row["method"] for row in rows if row["metric"] == "delta_p"] + [
-        row["method"] for row in rows
-    ]
+    order = [row["method"] for row in rows if row["metric"] == "delta_p"]
+    order += [row["method"] for row in rows]
     table = {method: {} for method in dict.fromkeys(order)}
     for row in rows:
         if row["task"] != "all":
@@ -72,7 +60,7 @@ def _nested(benchmark, source, read):
 # %% ../../nbs/11_report/02_paper.ipynb #d0dc298a
 def paper_table(
     benchmark: str,  # one of `TABLES`
-    source: str = "paper",  # "paper": the printed table, whoever made its rows; else one source of `paper_sources`
+    source: str = "paper",  # the printed table, whoever made its rows; or one of `paper_sources`
 ) -> dict:  # method -> task -> {metric: value}
     "The metrics printed for a benchmark."
     return _nested(benchmark, source, float)
@@ -105,7 +93,7 @@ def paper_half_units(
 
 # %% ../../nbs/11_report/02_paper.ipynb #f1e204f2
 class Printed(NamedTuple):
-    "A printed number, half a unit of its last digit, and the standard deviation printed with it, if any."
+    "A printed number, half a unit of its last digit, and its printed standard deviation, if any."
 
     value: float
     half_unit: float
@@ -114,24 +102,21 @@ class Printed(NamedTuple):
 
 def _printed(row):
     "The value of one row with its precision."
-    return Printed(
-        float(row["value"]), half_unit(row["value"]), float(row["std"]) if row["std"] else None
-    )
+    std = float(row["std"]) if row["std"] else None
+    return Printed(float(row["value"]), half_unit(row["value"]), std)
 
 # %% ../../nbs/11_report/02_paper.ipynb #f8469eeb
 def paper_summary(
     benchmark: str,  # one of `TABLES`
-    metric: str = "delta_p",  # or "average_accuracy" (Office), "delta_m" (of the Nash-MTL paper's tables)
+    metric: str = "delta_p",  # or "average_accuracy" (Office), "delta_m" (the Nash-MTL paper's)
     source: str = "paper",  # as in `paper_table`
 ) -> dict:  # method -> Printed, methods without such a number left out
     "The averages printed for a benchmark."
     rows = [row for row in _table_rows(benchmark, source) if row["task"] == "all"]
-    _known(
-        "metric", metric, list(dict.fromkeys(row["metric"] for row in rows)) or ["nothing printed"]
-    )
-    return {
-        row["method"]: _printed(row) for row in rows if row["metric"] == metric and row["value"]
-    }
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    check_choice("metric", metric, metrics or ["nothing printed"])
+    chosen = [row for row in rows if row["metric"] == metric and row["value"]]
+    return {row["method"]: _printed(row) for row in chosen}
 
 # %% ../../nbs/11_report/02_paper.ipynb #ba9a4565
 def paper_ablation(
@@ -139,13 +124,21 @@ def paper_ablation(
 ) -> dict:  # "EW", "loss only", "gradient only", "DB-MTL" -> Printed delta_p
     "The column of Table 5 for a benchmark: neither part of DB-MTL, each alone, both."
     rows = [row for row in _rows("tables") if row["table"] == "5"]
-    _known("benchmark", benchmark, list(dict.fromkeys(row["benchmark"] for row in rows)))
+    check_choice("benchmark", benchmark, list(dict.fromkeys(row["benchmark"] for row in rows)))
     names = {"neither (EW)": "EW", "both (DB-MTL)": "DB-MTL"}
-    return {
-        names.get(row["method"], row["method"]): _printed(row)
-        for row in rows
-        if row["benchmark"] == benchmark
-    }
+    column = [row for row in rows if row["benchmark"] == benchmark]
+    return {names.get(row["method"], row["method"]): _printed(row) for row in column}
+
+# %% ../../nbs/11_report/02_paper.ipynb #718890a1
+def paper_averages(
+    benchmark: str,  # one of `TABLES`
+) -> dict:  # method -> Printed delta_p
+    "The averages of a benchmark's table, and those of the two halves where Table 5 has them."
+    if not any(row["table"] == "5" and row["benchmark"] == benchmark for row in _rows("tables")):
+        return paper_summary(benchmark)
+    ablation = paper_ablation(benchmark)
+    halves = {method.replace(" ", "-"): printed for method, printed in ablation.items()}
+    return halves | paper_summary(benchmark)
 
 # %% ../../nbs/11_report/02_paper.ipynb #1716b4be
 def paper_sources(
@@ -161,20 +154,20 @@ def paper_figure(
     number: int,  # 1 to 7
 ) -> list[dict]:  # points with benchmark, metric, method, x (text) and value (float)
     "The points of a figure, read off the picture: approximate."
-    known = list(dict.fromkeys(row["figure"] for row in _rows("figures")))
-    _known("number", str(number), known)
+    numbers = list(dict.fromkeys(row["figure"] for row in _rows("figures")))
+    check_choice("number", str(number), numbers)
     names = ("benchmark", "metric", "method", "x")
     points = [row for row in _rows("figures") if row["figure"] == str(number)]
     return [{name: row[name] for name in names} | {"value": float(row["value"])} for row in points]
 
 # %% ../../nbs/11_report/02_paper.ipynb #45425ee6
 def paper_claims() -> list[dict]:  # id, kind, statement, benchmark, where, test
-    "What the paper claims, finds and leaves open (C..), and the Nash-MTL paper (N..), in our words."
+    "What the paper claims, finds and leaves open (C..), and the Nash-MTL paper (N..)."
     return [dict(row) for row in _rows("claims")]
 
 # %% ../../nbs/11_report/02_paper.ipynb #dd443875
 class Recomputed(NamedTuple):
-    "A printed delta_p beside the one that the printed metrics give, and the range their digits allow."
+    "A printed delta_p beside the recomputed one, and the range that the printed digits allow."
 
     printed: float
     half_unit: float  # of the printed delta_p
@@ -185,23 +178,20 @@ class Recomputed(NamedTuple):
     @property
     def outside(self) -> float:
         "By how much the two intervals miss each other, percentage points; 0 where they meet."
-        gap = max(
-            self.low - (self.printed + self.half_unit), (self.printed - self.half_unit) - self.high
-        )
-        return (
-            gap if gap > 1e-9 else 0.0
-        )  # touching intervals meet, whatever the rounding of floats
+        too_low = self.low - (self.printed + self.half_unit)
+        too_high = (self.printed - self.half_unit) - self.high
+        gap = max(too_low, too_high)
+        # touching intervals meet, whatever the rounding of floats
+        return gap if gap > 1e-9 else 0.0
 
 # %% ../../nbs/11_report/02_paper.ipynb #1a883d7d
 def recompute_delta_p(
     benchmark: str,  # one of `TABLES`
 ) -> dict:  # method -> Recomputed; STL and rows without a printed delta_p left out
-    "Every printed delta_p of a table against the one computed from the metrics printed beside it."
-    table, halves, directions = (
-        paper_table(benchmark),
-        paper_half_units(benchmark),
-        paper_directions(benchmark),
-    )
+    "Every printed delta_p of a table against the one computed from the metrics beside it."
+    table = paper_table(benchmark)
+    halves = paper_half_units(benchmark)
+    directions = paper_directions(benchmark)
     rows = {}
     for method, printed in paper_summary(benchmark).items():
         if method != "STL":
@@ -211,3 +201,14 @@ def recompute_delta_p(
             )
             rows[method] = Recomputed(printed.value, printed.half_unit, value, low, high)
     return rows
+
+# %% ../../nbs/11_report/02_paper.ipynb #7133b581
+def paper_task_gains(
+    benchmark: str,  # one of `TABLES`
+) -> dict:  # method -> task -> percent
+    "The improvement over STL that the printed metrics give, task by task."
+    table, directions = paper_table(benchmark), paper_directions(benchmark)
+    return {
+        method: delta_p_per_task(results, table["STL"], directions)
+        for method, results in table.items()
+    }

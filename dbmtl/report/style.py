@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'STYLE', 'FAMILIES', 'COLORS', 'MARKERS', 'ALIASES', 'palette_png', 'use_style', 'printed_name',
-           'method_style', 'method_color', 'seed_band', 'annotate_scale', 'beside_paper', 'write_rows', 'small_svg',
-           'save_figure']
+           'method_style', 'method_color', 'seed_band', 'write_rows', 'small_svg', 'save_figure']
 
 # %% ../../nbs/11_report/01_style.ipynb #ba51e80c
 import csv
-import difflib
 import io
 import re
 import sys
@@ -19,38 +17,67 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
+from ..core.checks import unknown_name
+from ..core.files import write_atomically
+
 # %% ../../nbs/11_report/01_style.ipynb #be4d696e
 COLUMN, PAGE = 3.5, 7.2  # figure widths in inches: one column, the whole page
 
 STYLE = {
-    "figure.dpi": 100, "savefig.dpi": 100, "figure.figsize": (COLUMN, 2.5), "figure.constrained_layout.use": True,
-    "figure.facecolor": "white", "savefig.facecolor": "white",
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Verdana"],
-    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8,
-    "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.5,
-    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5, "ytick.major.size": 2.5,
-    "path.simplify_threshold": 0.2, "lines.linewidth": 1.2, "lines.markersize": 4, "patch.linewidth": 0.6, "errorbar.capsize": 2,
-    "axes.prop_cycle": mpl.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]),
-    "svg.fonttype": "none", "svg.hashsalt": "dbmtl",
-}  # fmt: skip
+    "figure.dpi": 100,
+    "figure.figsize": (COLUMN, 2.5),
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 100,
+    "savefig.facecolor": "white",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana"],
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "patch.linewidth": 0.6,
+    "errorbar.capsize": 2,
+    "axes.prop_cycle": mpl.cycler(
+        color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+    ),
+    "path.simplify_threshold": 0.2,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "dbmtl",
+}
 
 # %% ../../nbs/11_report/01_style.ipynb #6399b333
 def palette_png(
     fig,  # matplotlib figure
 ) -> bytes:
     "The figure at its own size as a PNG with a palette and no metadata."
-    raw, small = io.BytesIO(), io.BytesIO()
-    fig.savefig(raw, format="png", dpi=STYLE["savefig.dpi"])
-    picture = Image.open(raw).convert("RGB")
+    drawn = io.BytesIO()
+    fig.savefig(drawn, format="png", dpi=STYLE["savefig.dpi"])
+    picture = Image.open(drawn).convert("RGB")
     colors = 128 if any(ax.images for ax in fig.axes) else 32
-    picture.quantize(colors, dither=Image.Dither.NONE).save(small, "png", optimize=True)
-    return small.getvalue()
+    packed = io.BytesIO()
+    picture.quantize(colors, dither=Image.Dither.NONE).save(packed, "png", optimize=True)
+    return packed.getvalue()
 
 # %% ../../nbs/11_report/01_style.ipynb #d38b4745
 def use_style() -> None:
-    "Set the project's style for all figures that follow; in a notebook they are shown by `palette_png`."
+    "Set the project's style for all figures that follow; a notebook shows them by `palette_png`."
     mpl.rcdefaults()  # keeps the backend
     mpl.rcParams.update(STYLE)
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
@@ -78,18 +105,7 @@ FAMILIES = {
         "IMTL-G-features",
     ],
     "#56B4E9": ["PCGrad", "GradDrop", "GradVac", "GradDrop-features"],
-    "#E69F00": [
-        "FAMO",
-        "STCH",
-        "FairGrad",
-        "SDMGrad",
-        "MoDo",
-        "CR-MOGM",
-        "ExcessMTL",
-        "UPGrad",
-        "DualProj",
-        "ConFIG",
-    ],
+    "#E69F00": ["FAMO", "STCH", "FairGrad", "SDMGrad", "MoDo", "ExcessMTL", "UPGrad", "ConFIG"],
     "#D55E00": ["DB-MTL"],
 }  # color -> its methods, in the order of their markers
 COLORS = {method: color for color, methods in FAMILIES.items() for method in methods}
@@ -116,32 +132,27 @@ def method_style(
     name: str,  # a method of `make_balancer`, as the paper prints it, or such a name with "+log"
 ) -> dict:
     "Keyword arguments for `ax.plot` that make `name` look the same in every figure."
-    known = ALIASES.get(name, name).split("(")[
-        0
-    ]  # settings of its own do not change a method's look
-    base = known.removesuffix("+log")
+    label = ALIASES.get(name, name).split("(")[0]  # settings do not change a method's look
+    base = label.removesuffix("+log")
     if base not in COLORS:
-        near = difflib.get_close_matches(base, COLORS, 1, 0)
-        raise ValueError(
-            f"name must be a known method, got {name!r}; the nearest name is {near[0]!r}"
-        )
+        raise unknown_name("method", name, COLORS)
     color = COLORS[base]
-    place = FAMILIES[color].index(base)
-    look = {
+    position = FAMILIES[color].index(base)
+    style = {
         "color": color,
-        "marker": MARKERS[place],
-        "linestyle": ["-", "--", "-."][place % 3],
+        "marker": MARKERS[position],
+        "linestyle": ["-", "--", "-."][position % 3],
         "zorder": 2,
     }
     if base == "DB-MTL":
-        look |= {"marker": "*", "markersize": 7, "linewidth": 2.0, "zorder": 3}
-    if known.endswith("+log"):
-        look |= {"markerfacecolor": "white", "linestyle": ":"}
-    return look
+        style |= {"marker": "*", "markersize": 7, "linewidth": 2.0, "zorder": 3}
+    if label.endswith("+log"):
+        style |= {"markerfacecolor": "white", "linestyle": ":"}
+    return style
 
 # %% ../../nbs/11_report/01_style.ipynb #bdb48d7c
 def method_color(
-    name: str,  # a method of `make_balancer`, as the paper prints it, or such a name with "+log"
+    name: str,  # a method, as for `method_style`
 ) -> str:
     "The color of a method: that of its family."
     return method_style(name)["color"]
@@ -154,101 +165,59 @@ def seed_band(
     method: str,  # decides the appearance
     label: str | None = None,  # legend entry; the method's name if None
 ):
-    "Draw the mean over seeds with each seed as a thin line and their range as a band; returns `ax`."
+    "Draw the mean over seeds, each seed as a thin line and their range as a band; returns `ax`."
     ys = np.atleast_2d(np.asarray(ys, dtype=float))
     if ys.shape[1] != len(x):
         raise ValueError(
             f"ys must have one column for each of the {len(x)} points of x, got shape {ys.shape}"
         )
     style = method_style(method)
-    ax.fill_between(
-        x, ys.min(0), ys.max(0), color=style["color"], alpha=0.15, linewidth=0, zorder=1
-    )
+    color = style["color"]
+    ax.fill_between(x, ys.min(0), ys.max(0), color=color, alpha=0.15, linewidth=0, zorder=1)
     for y in ys:
-        ax.plot(x, y, color=style["color"], linewidth=0.5, alpha=0.5, zorder=style["zorder"] - 0.5)
-    marks = max(1, len(x) // 6)  # a marker at every point would hide the line
-    ax.plot(x, ys.mean(0), label=label or method, markevery=marks, **style)
-    return ax
-
-# %% ../../nbs/11_report/01_style.ipynb #218c3e0b
-def annotate_scale(
-    ax,  # matplotlib axes
-    text: str,  # such as "cpu scale, 3 seeds"
-):
-    "Write the scale and device of the runs behind a figure above its upper right corner; returns `ax`."
-    ax.text(
-        1, 1.01, text, transform=ax.transAxes, ha="right", va="bottom", fontsize=6, color="#555555"
-    )
-    return ax
-
-# %% ../../nbs/11_report/01_style.ipynb #4c160fe6
-def beside_paper(
-    ax,  # matplotlib axes
-    ours: dict,  # method -> value, or (value, low, high)
-    paper: dict,  # method -> printed value; methods that only one of the two has are drawn too
-):
-    "Draw one row a method, ours filled and the paper's hollow, the first method on top; returns `ax`."
-    methods = list(dict.fromkeys([*ours, *paper]))
-    for row, method in enumerate(methods):
-        look = method_style(method) | {"linestyle": "none", "zorder": 3}
-        if method in paper:
-            ax.plot(
-                paper[method],
-                row,
-                marker="D",
-                mfc="white",
-                color="#555555",
-                markersize=4.5,
-                zorder=2,
-            )
-        if method in ours:
-            value, low, high = ours[method] if np.ndim(ours[method]) else (ours[method],) * 3
-            ax.plot([low, high], [row, row], color=look["color"], linewidth=1.5, zorder=2.5)
-            ax.plot(value, row, **look)
-    ax.axvline(0, color="#888888", linewidth=0.8, zorder=1)
-    ax.set_yticks(range(len(methods)), methods)
-    ax.set_ylim(len(methods) - 0.5, -0.5)
-    ax.grid(axis="y", visible=False)
+        ax.plot(x, y, color=color, linewidth=0.5, alpha=0.5, zorder=style["zorder"] - 0.5)
+    points_a_marker = max(1, len(x) // 6)  # a marker at every point would hide the line
+    ax.plot(x, ys.mean(0), label=label or method, markevery=points_a_marker, **style)
     return ax
 
 # %% ../../nbs/11_report/01_style.ipynb #441803c1
+def _csv_cell(value):
+    return f"{float(value):.6g}" if isinstance(value, float | np.floating) else value
+
+
 def write_rows(
     rows: list[dict],  # one dictionary a line; columns in order of first appearance
     path: Path,  # file to write
 ) -> Path:
     "Write dictionaries as CSV, floats with six significant digits."
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            cells = {
-                k: f"{float(v):.6g}" if isinstance(v, float | np.floating) else v
-                for k, v in row.items()
-            }
-            writer.writerow(cells)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _csv_cell(value) for name, value in row.items()})
+    write_atomically(path, text.getvalue().encode())
     return Path(path)
 
 # %% ../../nbs/11_report/01_style.ipynb #ad9c87f7
+_FONT = "font-family: 'DejaVu Sans', 'Verdana', sans-serif"
+_LONG_NUMBER = r"(?<![\w#.])-?\d+\.\d{3,}(?![\w.])"
+_NUMBERED_ID = (
+    r' id="(?:line2d|text|[xy]tick|patch|axes|figure|legend|matplotlib\.axis|\w*Collection)_\d+"'
+)
+_GROUP_OF_ONE = r"<g>\s*(<(?:use|path|text)\b[^>]*?(?:/>|>[^<]*</text>))\s*</g>"
+
+
 def small_svg(text: str) -> str:
-    "The same picture in fewer bytes: two decimals, one font, no numbered groups around single marks."
-    text = re.sub(
-        r"(?<![\w#.])-?\d+\.\d{3,}(?![\w.])",
-        lambda found: f"{round(float(found[0]), 2) + 0.0:g}",
-        text,
-    )
-    text = re.sub(
-        r' id="(?:line2d|text|[xy]tick|patch|axes|figure|legend|matplotlib\.axis|\w*Collection)_\d+"',
-        "",
-        text,
-    )
-    font = "font-family: 'DejaVu Sans', 'Verdana', sans-serif"
-    text = text.replace(f"; {font}", "").replace(
-        '<style type="text/css">', f'<style type="text/css">text{{{font}}} ', 1
-    )
+    "The same picture in fewer bytes: two decimals, one font, no groups around single marks."
+    text = re.sub(_LONG_NUMBER, lambda match: f"{round(float(match[0]), 2) + 0.0:g}", text)
+    text = re.sub(_NUMBERED_ID, "", text)
+    text = text.replace(f"; {_FONT}", "")
+    sheet = '<style type="text/css">'
+    text = text.replace(sheet, f"{sheet}text{{{_FONT}}} ", 1)
     text = re.sub(r"(?m)^\s+", "", text)
-    for _ in range(3):
-        text = re.sub(r"<g>\s*(<(?:use|path|text)\b[^>]*?(?:/>|>[^<]*</text>))\s*</g>", r"\1", text)
+    for _ in range(3):  # groups are nested
+        text = re.sub(_GROUP_OF_ONE, r"\1", text)
     return text
 
 # %% ../../nbs/11_report/01_style.ipynb #18b2dd86
@@ -258,13 +227,13 @@ def save_figure(
     folder,  # made if missing
     data: list[dict] | None = None,  # the numbers drawn, one dictionary a row
 ) -> list[Path]:  # the files written: SVG, PNG and, with data, CSV
-    "Write `fig` as `stem.svg` and `stem.png`, and `data` as `stem.csv`, the same bytes every time."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    svg, png = folder / f"{stem}.svg", folder / f"{stem}.png"
+    "Write `fig` as `stem.svg` and `stem.png`, `data` as `stem.csv`, the same bytes every time."
+    svg, png = Path(folder, f"{stem}.svg"), Path(folder, f"{stem}.png")
     drawn = io.StringIO()
     with mpl.rc_context({key: STYLE[key] for key in ("svg.hashsalt", "svg.fonttype")}):
         fig.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
-    svg.write_text(small_svg(drawn.getvalue()), encoding="utf-8", newline="\n")
-    png.write_bytes(palette_png(fig))
-    return [svg, png] + ([write_rows(data, folder / f"{stem}.csv")] if data is not None else [])
+    write_atomically(svg, small_svg(drawn.getvalue()).encode())
+    write_atomically(png, palette_png(fig))
+    if data is None:
+        return [svg, png]
+    return [svg, png, write_rows(data, Path(folder, f"{stem}.csv"))]

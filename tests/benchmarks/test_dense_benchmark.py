@@ -23,7 +23,7 @@ from dbmtl.benchmarks.dense_benchmark import (
 from dbmtl.benchmarks.dense_prediction import dense_floors, dense_tasks
 from dbmtl.data.image_store import Store
 from dbmtl.data.scenes import STREET_DEPTH_UNIT, streets
-from dbmtl.models.resnet import DeepLab
+from dbmtl.models.deeplab import DeepLab
 from dbmtl.models.segnet import SegNet
 from dbmtl.models.soft_sharing import CrossStitch
 

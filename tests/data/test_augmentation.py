@@ -37,20 +37,20 @@ def some_batch(count=6, size=(24, 32), seed=0):
 def draws(count, size, scales, seed):
     """Number of the source pixel [B, H, W] and scale [B] of the draw that this seed makes."""
     number = torch.arange(math.prod(size)).view(1, *size).expand(count, *size)
-    found = random_crop_scale(
-        {"label": number, "depth": torch.ones(count, 1, *size)}, scales, gen(seed)
-    )
-    return found["label"], 1 / found["depth"][:, 0, 0, 0]
+    batch = {"label": number, "depth": torch.ones(count, 1, *size)}
+    crop = random_crop_scale(batch, scales, gen(seed))
+    return crop["label"], 1 / crop["depth"][:, 0, 0, 0]
 
 
-# ---------------------------------------------------------------------------------------------------- crop and scale
+# ----------------------------------------------------------------------------------- crop and scale
 
 
 @pytest.mark.parametrize("size", [(24, 32), (72, 96), (33, 47), (5, 3)])
 @pytest.mark.parametrize("scales", [(1, 1.2, 1.5), (1,), (1.7, 3)])
 def test_each_sample_is_a_slice_resized(size, scales):
     batch = some_batch(8, size)
-    found, (source, drawn) = random_crop_scale(batch, scales, gen(5)), draws(8, size, scales, 5)
+    result = random_crop_scale(batch, scales, gen(5))
+    source, drawn = draws(8, size, scales, 5)
     for b in range(8):
         s = min(scales, key=lambda s: abs(s - float(drawn[b])))
         h, w = int(size[0] / s), int(size[1] / s)
@@ -61,25 +61,23 @@ def test_each_sample_is_a_slice_resized(size, scales):
         for name in ("label", "depth", "normal"):
             chosen = crop[name].numpy()[..., rows[:, None], columns[None, :]][0]
             if name == "depth":
-                assert_close(found[name][b], torch.from_numpy(chosen) / s)
+                assert_close(result[name][b], torch.from_numpy(chosen) / s)
             else:
-                assert np.array_equal(found[name][b].numpy(), chosen)
+                assert np.array_equal(result[name][b].numpy(), chosen)
         image = F.interpolate(crop["image"], size=size, mode="bilinear", align_corners=True)[0]
-        assert_close(found["image"][b], image, rtol=0, atol=1e-4)
+        assert_close(result["image"][b], image, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(72, 96), (128, 256), (288, 384)])
 def test_nearest_is_that_of_mtans_interpolate(size):
     batch = {"normal": torch.rand(6, 3, *size, generator=gen())}
-    found, (source, drawn) = (
-        random_crop_scale(batch, generator=gen(1)),
-        draws(6, size, (1, 1.2, 1.5), 1),
-    )
+    result = random_crop_scale(batch, generator=gen(1))["normal"]
+    source, drawn = draws(6, size, (1, 1.2, 1.5), 1)
     assert len(drawn.round(decimals=1).unique()) == 3
     for b, s in enumerate(round(s, 1) for s in drawn.tolist()):
         i, j = divmod(int(source[b, 0, 0]), size[1])
         crop = batch["normal"][b : b + 1, :, i : i + int(size[0] / s), j : j + int(size[1] / s)]
-        assert torch.equal(found["normal"][b], F.interpolate(crop, size=size, mode="nearest")[0])
+        assert torch.equal(result[b], F.interpolate(crop, size=size, mode="nearest")[0])
 
 
 def test_draws_are_independent_uniform_and_reach_every_corner():
@@ -96,54 +94,48 @@ def test_draws_are_independent_uniform_and_reach_every_corner():
 
 def test_nothing_is_blended_but_colors():
     batch = some_batch(4, (33, 47))
-    found, (_, scale) = (
-        random_crop_scale(batch, generator=gen(2)),
-        draws(4, (33, 47), (1, 1.2, 1.5), 2),
-    )
-    assert (
-        set(found["label"].unique().tolist()) <= {0, 2, 6, 255}
-        and found["label"].dtype == torch.uint8
-    )
+    crop = random_crop_scale(batch, generator=gen(2))
+    _, scale = draws(4, (33, 47), (1, 1.2, 1.5), 2)
+    assert set(crop["label"].unique().tolist()) <= {0, 2, 6, 255}
+    assert crop["label"].dtype == torch.uint8
     for b in range(4):
         depths, normals = batch["depth"][b].flatten(), batch["normal"][b].flatten(1).T
-        back = found["depth"][b].flatten() * scale[b]
+        back = crop["depth"][b].flatten() * scale[b]
         assert (back[:, None] - depths[None]).abs().min(1).values.max() < 1e-5
-        chosen = found["normal"][b].flatten(1).T
+        chosen = crop["normal"][b].flatten(1).T
         assert (chosen[:, None] - normals[None]).abs().amax(2).min(1).values.max() == 0
-    invalid = found["depth"][:, 0] == 0
-    assert invalid.any() and torch.equal(invalid, ~found["normal"].any(1))
+    invalid = crop["depth"][:, 0] == 0
+    assert invalid.any() and torch.equal(invalid, ~crop["normal"].any(1))
 
 
 def test_fields_move_together():
     number = torch.arange(24 * 32).view(1, 1, 24, 32).expand(6, 1, 24, 32).float()
     batch = {"label": number[:, 0].int(), "depth": number, "normal": number.expand(-1, 3, -1, -1)}
     for change in (random_crop_scale, random_flip):
-        found = change(batch, generator=gen(4))
-        scale = (
-            draws(6, (24, 32), (1, 1.2, 1.5), 4)[1]
-            if change is random_crop_scale
-            else torch.ones(6)
-        )
-        assert torch.equal(found["normal"][:, 1], found["label"].float())
-        assert_close(found["depth"][:, 0] * scale[:, None, None], found["label"].float())
+        result = change(batch, generator=gen(4))
+        scale = torch.ones(6)
+        if change is random_crop_scale:
+            _, scale = draws(6, (24, 32), (1, 1.2, 1.5), 4)
+        assert torch.equal(result["normal"][:, 1], result["label"].float())
+        assert_close(result["depth"][:, 0] * scale[:, None, None], result["label"].float())
 
 
 def test_colors_stay_near_the_pixels_that_are_chosen():
     ramp = torch.arange(96.0).expand(6, 3, 72, 96)
-    found = random_crop_scale({"image": ramp, "normal": ramp}, generator=gen(3))
-    assert 0.1 < (found["image"] - found["normal"]).abs().max() <= 1.01
+    crop = random_crop_scale({"image": ramp, "normal": ramp}, generator=gen(3))
+    assert 0.1 < (crop["image"] - crop["normal"]).abs().max() <= 1.01
 
 
 def test_inverse_depth_is_multiplied():
     batch = some_batch(6)
     near = {"depth": (1 / batch["depth"]).nan_to_num(posinf=0)}
-    found = random_crop_scale({"depth": batch["depth"]}, generator=gen(1))["depth"]
+    depth = random_crop_scale({"depth": batch["depth"]}, generator=gen(1))["depth"]
     inverse = random_crop_scale(near, generator=gen(1), inverse_depth=True)["depth"]
-    assert torch.equal(found == 0, inverse == 0) and (found > 0).any()
-    assert_close((found * inverse)[found > 0], torch.ones_like(found)[found > 0])
+    assert torch.equal(depth == 0, inverse == 0) and (depth > 0).any()
+    assert_close((depth * inverse)[depth > 0], torch.ones_like(depth)[depth > 0])
 
 
-# ------------------------------------------------------------------------------------------------------- planes
+# ------------------------------------------------------------------------------------------- planes
 
 
 def rays(size, focal):
@@ -154,7 +146,7 @@ def rays(size, focal):
 
 
 def roof(size=(36, 48), focal=50.0):
-    """Two slanted planes that meet in front of the camera: depth, normals, and which plane (by its offset)."""
+    """Two slanted planes that meet in front of the camera: their depth and normals."""
     r = rays(size, focal)
     planes = F.normalize(
         torch.tensor([[0.6, 0.1, -1.0], [-0.4, 0.2, -1.0]], dtype=torch.float64), dim=1
@@ -167,53 +159,50 @@ def roof(size=(36, 48), focal=50.0):
 def test_a_planes_depth_and_normals_fit_after_crop_and_scale():
     size, focal, n = (36, 48), 50.0, 9
     depth, normal = (x.expand(n, *x.shape) for x in roof(size, focal))
-    found = random_crop_scale({"depth": depth, "normal": normal}, generator=gen(7))
+    crop = random_crop_scale({"depth": depth, "normal": normal}, generator=gen(7))
     source, scale = draws(n, size, (1, 1.2, 1.5), 7)
     r = rays(size, focal).flatten(1)[:, source.flatten()].view(3, n, *size).movedim(0, 1)
-    offset = (found["normal"] * r).sum(1) * found["depth"][:, 0]
+    offset = (crop["normal"] * r).sum(1) * crop["depth"][:, 0]
     assert_close(offset * scale[:, None, None], torch.full_like(offset, -4.0), rtol=1e-6, atol=0)
     assert len(scale.round(decimals=1).unique()) == 3
 
 
 def from_depth(depth, focal):
-    """Normals of [B, 1, H, W] depths by differences of points, where all neighbors lie on one plane."""
+    """Normals of depths [B, 1, H, W] by differences, where all neighbors lie on one plane."""
     points = depth * rays(depth.shape[-2:], focal)
-    right, down = (
-        points[..., 1:-1, 2:] - points[..., 1:-1, :-2],
-        points[..., 2:, 1:-1] - points[..., :-2, 1:-1],
-    )
+    right = points[..., 1:-1, 2:] - points[..., 1:-1, :-2]
+    down = points[..., 2:, 1:-1] - points[..., :-2, 1:-1]
     return F.normalize(torch.linalg.cross(down, right, dim=1), dim=1)
 
 
 def test_normals_of_the_flipped_scene_are_the_flipped_normals():
     depth, normal = (x.expand(8, *x.shape) for x in roof())
-    found = random_flip({"depth": depth, "normal": normal}, gen(1))
-    inner = found["normal"][..., 1:-1, 1:-1]
-    angle = angle_degrees(from_depth(found["depth"], 50.0), inner)
+    result = random_flip({"depth": depth, "normal": normal}, gen(1))
+    inner = result["normal"][..., 1:-1, 1:-1]
+    estimated = from_depth(result["depth"], 50.0)
+    angle = angle_degrees(estimated, inner)
     ridge = (inner[..., 1:] != inner[..., :-1]).any(1)
     far = F.max_pool2d(F.pad(ridge, (1, 0)).float()[:, None], 5, 1, 2)[:, 0] == 0
     assert far.double().mean() > 0.7 and angle[far].mean() < 1e-5
-    flipped = (found["normal"] != normal).flatten(1).any(1)
+    flipped = (result["normal"] != normal).flatten(1).any(1)
     assert 1 <= flipped.sum() <= 7
-    still = angle_degrees(
-        from_depth(found["depth"], 50.0), normal.flip(-1)[..., 1:-1, 1:-1]
-    )  # x not negated: wrong
-    assert still[flipped].mean() > 20
+    x_not_negated = angle_degrees(estimated, normal.flip(-1)[..., 1:-1, 1:-1])
+    assert x_not_negated[flipped].mean() > 20
 
 
-# -------------------------------------------------------------------------------------------------------------- flips
+# -------------------------------------------------------------------------------------------- flips
 
 
 def test_flip_reverses_rows_and_the_normals_x():
     batch = some_batch(50)
-    found = random_flip(batch, gen(3))
-    flipped = (found["image"] != batch["image"]).flatten(1).any(1)
+    result = random_flip(batch, gen(3))
+    flipped = (result["image"] != batch["image"]).flatten(1).any(1)
     assert 10 < flipped.sum() < 40
     sign = torch.tensor([-1.0, 1, 1]).view(3, 1, 1)
     for b in range(50):
         for name, x in batch.items():
             expected = x[b] if not flipped[b] else x[b].flip(-1) * (sign if name == "normal" else 1)
-            assert torch.equal(found[name][b], expected)
+            assert torch.equal(result[name][b], expected)
 
 
 def test_flipping_twice_is_the_identity():
@@ -224,24 +213,19 @@ def test_flipping_twice_is_the_identity():
 
 def test_flip_with_probability_one_half():
     ramp = torch.arange(2.0).expand(4000, 1, 1, 2)
-    assert (
-        abs(
-            float((random_flip({"depth": ramp}, gen())["depth"][:, 0, 0, 0] == 1).float().mean())
-            - 0.5
-        )
-        < 0.03
-    )
+    is_flipped = random_flip({"depth": ramp}, gen())["depth"][:, 0, 0, 0] == 1
+    assert abs(float(is_flipped.float().mean()) - 0.5) < 0.03
 
 
 @pytest.mark.parametrize("change", [random_crop_scale, random_flip])
 def test_the_batch_that_came_in_is_left_alone(change):
     batch = some_batch()
     before = {name: x.clone() for name, x in batch.items()}
-    found = change(batch, generator=gen(1))
-    assert list(found) == list(batch)
+    result = change(batch, generator=gen(1))
+    assert list(result) == list(batch)
     for name, x in batch.items():
-        assert torch.equal(x, before[name]) and found[name].data_ptr() != x.data_ptr()
-        assert (found[name].shape, found[name].dtype) == (x.shape, x.dtype)
+        assert torch.equal(x, before[name]) and result[name].data_ptr() != x.data_ptr()
+        assert (result[name].shape, result[name].dtype) == (x.shape, x.dtype)
 
 
 @pytest.mark.parametrize("change", [random_crop_scale, random_flip])
@@ -265,14 +249,16 @@ def test_fields_are_checked():
             change({**batch, "label": batch["label"][:, :-1]})
         with pytest.raises(ValueError, match="batch is empty"):
             change({})
-    with pytest.raises(ValueError, match="scales must be 1 or larger"):
+    with pytest.raises(ValueError, match="scales: each must be .* at least 1, got 0.5"):
         random_crop_scale(batch, scales=(0.5, 1))
+    with pytest.raises(ValueError, match="scales is empty"):
+        random_crop_scale(batch, scales=())
     for name in ("image", "depth"):
         with pytest.raises(ValueError, match=f"'{name}'.*decode"):
             random_crop_scale({name: batch[name].to(torch.int16)})
 
 
-# ---------------------------------------------------------------------------------------------------------- the split
+# ---------------------------------------------------------------------------------------- the split
 
 
 def store_arrays(count=9, size=(12, 16), seed=0):
@@ -295,15 +281,10 @@ def test_split_decodes_what_a_store_holds():
     raw = {name: x.numpy()[[7, 0, 7]].astype(np.float64) for name, x in arrays.items()}
     assert images.dtype == torch.float32 and 0 <= images.min() and images.max() <= 1
     assert_close(images.double(), torch.from_numpy(raw["image"] / 255), rtol=1e-6, atol=0)
-    assert targets["segmentation"].dtype == torch.uint8 and torch.equal(
-        targets["segmentation"], arrays["label"][index]
-    )
-    assert_close(
-        targets["depth"].double(),
-        torch.from_numpy(raw["depth"] * 0.002)[:, None],
-        rtol=1e-6,
-        atol=0,
-    )
+    assert targets["segmentation"].dtype == torch.uint8
+    assert torch.equal(targets["segmentation"], arrays["label"][index])
+    meters = torch.from_numpy(raw["depth"] * 0.002)[:, None]
+    assert_close(targets["depth"].double(), meters, rtol=1e-6, atol=0)
     length = np.sqrt((raw["normal"] ** 2).sum(1, keepdims=True))
     normal = torch.from_numpy(raw["normal"] / np.maximum(length, 1))
     assert_close(targets["normal"].double(), normal, rtol=1e-5, atol=1e-7)
@@ -315,10 +296,8 @@ def test_split_leaves_the_store_alone_and_decodes_only_its_tasks():
     before = {name: x.clone() for name, x in arrays.items()}
     for augment in (False, True):
         split = DenseSplit(arrays, 0.001, dense_tasks(["depth"]), augment)
-        assert list(split.batch(torch.arange(3))[1]) == ["depth"] and set(split.arrays) == {
-            "image",
-            "depth",
-        }
+        assert list(split.batch(torch.arange(3))[1]) == ["depth"]
+        assert set(split.arrays) == {"image", "depth"}
         DenseSplit(arrays, 0.001, augment=augment).batch(torch.arange(9))
     assert all(torch.equal(x, before[name]) for name, x in arrays.items()) and len(split) == 9
 
@@ -330,11 +309,8 @@ def test_split_reads_only_the_rows_of_a_batch_from_a_mapped_file(tmp_path):
     depth = torch.ones(1, dtype=torch.int16).expand(count, *size)
     split = DenseSplit({"image": torch.from_numpy(mapped), "depth": depth}, 1.0, ["depth"])
     images, targets = split.batch(torch.tensor([count - 1, 5]))
-    assert (
-        images[0].unique().tolist() == [pytest.approx(0.2)]
-        and not images[1].any()
-        and targets["depth"].eq(1).all()
-    )
+    assert images[0].unique().tolist() == [pytest.approx(0.2)]
+    assert not images[1].any() and targets["depth"].eq(1).all()
 
 
 @pytest.mark.parametrize("augment", [False, True])
@@ -345,11 +321,11 @@ def test_split_on_a_mapped_file_equals_the_split_in_memory(tmp_path, augment):
         mapped[name] = torch.from_numpy(
             np.memmap(tmp_path / name, x.numpy().dtype, "c", shape=tuple(x.shape))
         )
-    found = []
+    batches = []
     for source in (arrays, mapped):
         torch.manual_seed(1)
-        found.append(DenseSplit(source, 0.001, augment=augment).batch(torch.tensor([8, 3, 1])))
-    assert_close(found[0], found[1], rtol=0, atol=0)
+        batches.append(DenseSplit(source, 0.001, augment=augment).batch(torch.tensor([8, 3, 1])))
+    assert_close(batches[0], batches[1], rtol=0, atol=0)
 
 
 def test_augmented_split_crops_then_flips_with_the_global_generator():
@@ -366,35 +342,28 @@ def test_augmented_split_crops_then_flips_with_the_global_generator():
         "normal": truth["normal"],
     }
     expected = random_flip(random_crop_scale(batch))
-    assert torch.equal(images, expected["image"]) and torch.equal(
-        targets["segmentation"], expected["label"]
-    )
-    assert torch.equal(targets["depth"], expected["depth"]) and torch.equal(
-        targets["normal"], expected["normal"]
-    )
+    assert torch.equal(images, expected["image"])
+    assert torch.equal(targets["segmentation"], expected["label"])
+    assert torch.equal(targets["depth"], expected["depth"])
+    assert torch.equal(targets["normal"], expected["normal"])
 
 
 def test_the_crops_of_a_task_do_not_depend_on_the_other_tasks():
-    arrays, found = store_arrays(), []
+    arrays, depths = store_arrays(), []
     for tasks in (["depth"], ["segmentation", "depth", "normal"]):
         torch.manual_seed(3)
-        found.append(
-            DenseSplit(arrays, 0.001, tasks, augment=True).batch(torch.arange(9))[1]["depth"]
-        )
-    assert torch.equal(*found)
+        _, targets = DenseSplit(arrays, 0.001, tasks, augment=True).batch(torch.arange(9))
+        depths.append(targets["depth"])
+    assert torch.equal(*depths)
 
 
 def test_split_with_inverse_depth():
-    arrays = store_arrays()
-    found = []
+    arrays, depths = store_arrays(), []
     for inverse in (False, True):
         torch.manual_seed(3)
-        found.append(
-            DenseSplit(arrays, 1.0, ["depth"], True, inverse_depth=inverse).batch(torch.arange(9))[
-                1
-            ]["depth"]
-        )
-    ratio = (found[1] / found[0])[found[0] > 0].sqrt()
+        split = DenseSplit(arrays, 1.0, ["depth"], True, inverse_depth=inverse)
+        depths.append(split.batch(torch.arange(9))[1]["depth"])
+    ratio = (depths[1] / depths[0])[depths[0] > 0].sqrt()
     assert set(ratio.double().mul(10).round().div(10).unique().tolist()) == {1.0, 1.2, 1.5}
 
 
@@ -410,16 +379,42 @@ def test_splits_are_checked():
         DenseSplit(arrays, 0.001).batch(torch.tensor([9]))
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("image", lambda x: x.float() / 255, r"is torch.float32 .* store has torch.uint8"),
+        ("image", lambda x: x[:, :1], r"\[9, 1, 12, 16\], a store has .* \[9, 3, 12, 16\]"),
+        ("label", lambda x: x.long() - 1, r"is torch.int64 .* store has torch.uint8.*void is 255"),
+        ("label", lambda x: x[:, :6], r"\[9, 6, 16\], a store has .* \[9, 12, 16\]"),
+        ("label", lambda x: x[:, None], r"\[9, 1, 12, 16\], a store has .* \[9, 12, 16\]"),
+        ("label", lambda x: torch.full_like(x, 255), r"void \(255\) everywhere"),
+        ("depth", lambda x: x[:, None], r"\[9, 1, 12, 16\], a store has .* \[9, 12, 16\]"),
+        ("depth", lambda x: x / 1000, r"is torch.float32 .* store has torch.int16"),
+        ("normal", lambda x: x.movedim(1, -1), r"\[9, 12, 16, 3\], a store has .* \[9, 3,"),
+        ("normal", lambda x: x.numpy(), r"is int8 .* store has torch.int8"),
+    ],
+)
+def test_arrays_that_no_store_has_are_refused(name, change, message):
+    arrays = store_arrays()
+    with pytest.raises(ValueError, match=f"'{name}'.*{message}"):
+        DenseSplit({**arrays, name: change(arrays[name])}, 0.001)
+
+
+def test_voids_are_no_error_while_one_label_is_left():
+    arrays = store_arrays()
+    arrays["label"][:] = 255
+    arrays["label"][8, 3, 4] = 1
+    assert len(DenseSplit(arrays, 0.001)) == 9
+    arrays["label"][8, 3, 4] = 255
+    assert len(DenseSplit(arrays, 0.001, ["depth"])) == 9  # labels are not looked at
+
+
 def test_moving_a_split_keeps_what_it_is():
     split = DenseSplit(store_arrays(), 0.001, ["depth"], augment=True, inverse_depth=True)
     moved = split.to("meta")
     assert moved.device.type == "meta" and split.device.type == "cpu" and len(moved) == 9
-    assert (moved.tasks, moved.augment, moved.inverse_depth, moved.depth_unit) == (
-        ["depth"],
-        True,
-        True,
-        0.001,
-    )
+    assert moved.tasks == ["depth"] and moved.augment and moved.inverse_depth
+    assert moved.depth_unit == 0.001
 
 
 def test_floors_ignore_the_augmentation_of_the_training_split():
@@ -431,7 +426,7 @@ def test_floors_ignore_the_augmentation_of_the_training_split():
 
 
 def test_a_resumed_loop_sees_the_same_crops():
-    """The training loop stores the device's global random state: augmentation needs nothing else."""
+    """The loop stores the device's global random state: augmentation needs nothing else."""
     arrays, tasks = store_arrays(), dense_tasks(["depth"])
 
     class Network(torch.nn.Module):
@@ -455,24 +450,24 @@ def test_a_resumed_loop_sees_the_same_crops():
     )
 
     def steps(loop, n):
-        found = []
+        losses = []
         for _ in range(n):
             if loop.position == loop.steps:
                 loop.end_epoch()
             loop.step()
-            found.append(float(loop.losses))
-        return found
+            losses.append(float(loop.losses))
+        return losses
 
     loop = Loop(bench, data, tasks, "EW", 0, scale)
     steps(loop, 2)
 
-    kept, random = copy.deepcopy(loop_state(loop)), torch.get_rng_state()
+    state, random = copy.deepcopy(loop_state(loop)), torch.get_rng_state()
     rest = steps(loop, 3)
     other = Loop(bench, data, tasks, "EW", 1, scale)
-    load_loop_state(other, kept)
+    load_loop_state(other, state)
     torch.set_rng_state(random)
     assert steps(other, 3) == rest
-    load_loop_state(other, kept)
+    load_loop_state(other, state)
     torch.manual_seed(99)
     assert steps(other, 3) != rest  # the crops matter
 
@@ -484,17 +479,17 @@ def test_cuda_crops_are_slices_without_a_synchronization():
     state = torch.cuda.get_rng_state()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = random_flip(random_crop_scale(batch))
+        result = random_flip(random_crop_scale(batch))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.set_rng_state(state)
     again = random_flip(random_crop_scale(batch))
-    assert all(x.is_cuda and torch.equal(x, again[name]) for name, x in found.items())
+    assert all(x.is_cuda and torch.equal(x, again[name]) for name, x in result.items())
     number = torch.arange(72 * 96, device="cuda").view(1, 72, 96).expand(8, 72, 96)
     torch.cuda.set_rng_state(state)
     source = random_flip(random_crop_scale({"label": number}))["label"]
     expected = batch["label"].flatten(1).gather(1, source.flatten(1)).view_as(source)
-    assert torch.equal(found["label"], expected)
+    assert torch.equal(result["label"], expected)
 
 
 @pytest.mark.cuda
@@ -508,7 +503,5 @@ def test_cuda_split_takes_an_index_from_either_side():
         assert images.is_cuda and all(y.is_cuda for y in targets.values())
         assert_close(images.cpu(), expected[0])
         assert_close({name: y.cpu() for name, y in targets.items()}, expected[1])
-    assert (
-        not there.batch(torch.tensor([5, 2]))[0].is_cuda
-        and depth_loss(targets["depth"], targets["depth"]) == 0
-    )
+    assert not there.batch(torch.tensor([5, 2]))[0].is_cuda
+    assert depth_loss(targets["depth"], targets["depth"]) == 0

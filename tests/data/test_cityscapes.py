@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.testing import assert_close
 
 from dbmtl.data.cityscapes import (
     CATEGORIES,
@@ -53,17 +54,15 @@ def cache(tmp_path, monkeypatch):
 def samples():
     "{part: [(image uint8 [H, W, 3], official ids [H, W], disparity PNG values [H, W])]}"
     random = np.random.default_rng(7)
-    return {
-        part: [
-            (
-                random.integers(0, 256, (*SIZE, 3), np.uint8),
-                random.integers(0, 34, SIZE).astype(np.uint8),
-                random.integers(0, 32258, SIZE).astype(np.uint16),
-            )
-            for _ in keys
-        ]
-        for part, keys in KEYS.items()
-    }
+    parts = {}
+    for part, keys in KEYS.items():
+        parts[part] = []
+        for _ in keys:
+            image = random.integers(0, 256, (*SIZE, 3), np.uint8)
+            ids = random.integers(0, 34, SIZE).astype(np.uint8)
+            disparity = random.integers(0, 32258, SIZE).astype(np.uint16)
+            parts[part].append((image, ids, disparity))
+    return parts
 
 
 @pytest.fixture
@@ -76,14 +75,8 @@ def official(tmp_path):
                 ("gtFine", "gtFine_labelTrainIds", 0 * ids),
                 ("disparity", "disparity", disparity),
             ):
-                file = (
-                    tmp_path
-                    / "official"
-                    / folder
-                    / part
-                    / key.split("_")[0]
-                    / f"{key}_{ending}.png"
-                )
+                city = key.split("_")[0]
+                file = tmp_path / "official" / folder / part / city / f"{key}_{ending}.png"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(array).save(file)
     return tmp_path / "official"
@@ -101,12 +94,15 @@ def mtan(tmp_path):
                 ("label_7", label),
                 ("depth", disparity[..., None] / 65535),
             ):
-                file = (
-                    tmp_path / "mtan" / part / kind / f"{n + 9}.npy"
-                )  # 9, 10, 11: order by number, not by text
+                # 9, 10, 11: order by number, not by text
+                file = tmp_path / "mtan" / part / kind / f"{n + 9}.npy"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 np.save(file, array)
     return tmp_path / "mtan"
+
+
+def assert_equal(first, second):
+    assert_close(first, second, rtol=0, atol=0)
 
 
 def test_cityscapes_label_ids_follow_the_published_table():
@@ -123,14 +119,9 @@ def test_cityscapes_both_layouts_give_the_same_arrays(official, mtan):
     one, other = prepare_cityscapes(official, SIZE), prepare_cityscapes(mtan, SIZE)
     for part, name in (("train", "train"), ("test", "val")):
         assert len(one[part]) == len(KEYS[name])
-        for field in ("image", "label", "depth"):
-            torch.testing.assert_close(
-                one[part].arrays[field], other[part].arrays[field], rtol=0, atol=0
-            )
+        assert_equal(one[part].arrays, other[part].arrays)
         image, ids, disparity = (np.stack(x) for x in zip(*samples()[name], strict=True))
-        torch.testing.assert_close(
-            one[part].arrays["image"], torch.tensor(image).permute(0, 3, 1, 2), rtol=0, atol=0
-        )
+        assert_equal(one[part].arrays["image"], torch.tensor(image).permute(0, 3, 1, 2))
         assert np.array_equal(one[part].arrays["label"].numpy() == 255, ids < 7)
         assert np.array_equal(one[part].arrays["depth"].numpy(), disparity)
     assert one["train"].meta["layout"] == "official" and other["train"].meta["layout"] == "mtan"
@@ -149,9 +140,8 @@ def test_cityscapes_resizing_blends_colors_but_neither_labels_nor_depths(officia
                 pairs = zip(
                     category_labels(ids[square]).ravel(), disparity[square].ravel(), strict=True
                 )
-                assert (label[y, x], depth[y, x]) in set(
-                    pairs
-                )  # one and the same pixel of the square
+                # one and the same pixel of the square
+                assert (label[y, x], depth[y, x]) in set(pairs)
         mean = samples()["train"][1][0].reshape(4, 2, 8, 2, 3).mean((1, 3)).transpose(2, 0, 1)
         assert abs(store.arrays["image"][1].numpy() - mean).max() <= 1
 
@@ -163,9 +153,8 @@ def test_cityscapes_second_call_reads_no_image_and_the_cache_alone_is_enough(
     shutil.copytree(official, source)
     first = prepare_cityscapes(size=SIZE)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "dbmtl.data.cityscapes.read_official", lambda item, size: pytest.fail(item.key)
-        )
+        name = "dbmtl.data.cityscapes.read_official"
+        patch.setattr(name, lambda item, size: pytest.fail(item.key))
         assert prepare_cityscapes(size=SIZE)["test"].hash == first["test"].hash
     shutil.rmtree(source)
     assert prepare_cityscapes(size=SIZE)["train"].hash == first["train"].hash
@@ -177,9 +166,9 @@ def test_cityscapes_second_call_reads_no_image_and_the_cache_alone_is_enough(
 
 def test_cityscapes_names_every_missing_file_at_once(official, mtan, cache):
     (official / "gtFine/train/aachen/aachen_000001_000019_gtFine_labelIds.png").unlink()
-    (official / "disparity/val/lindau/lindau_000000_000019_disparity.png").rename(
-        official / "disparity/val/lindau/lindau_000009_000019_disparity.png"
-    )
+    lindau = official / "disparity/val/lindau"
+    old, new = "lindau_000000_000019_disparity.png", "lindau_000009_000019_disparity.png"
+    (lindau / old).rename(lindau / new)
     with pytest.raises(FileNotFoundError) as caught:
         prepare_cityscapes(official, SIZE)
     for sentence in (
@@ -200,14 +189,9 @@ def test_cityscapes_accepts_label_and_label_7(mtan):
     for part in KEYS:
         (mtan / part / "label_7").rename(mtan / part / "label")
     layout, parts = find_cityscapes(mtan)
-    assert layout == "mtan" and [item.key for item in parts["train"]] == [
-        "train/9",
-        "train/10",
-        "train/11",
-    ]
-    torch.testing.assert_close(
-        prepare_cityscapes(mtan, SIZE)["train"].arrays["label"], prepared, rtol=0, atol=0
-    )
+    keys = [item.key for item in parts["train"]]
+    assert layout == "mtan" and keys == ["train/9", "train/10", "train/11"]
+    assert_equal(prepare_cityscapes(mtan, SIZE)["train"].arrays["label"], prepared)
 
 
 def test_cityscapes_names_every_corrupt_file_at_once(mtan, official):
@@ -220,14 +204,16 @@ def test_cityscapes_names_every_corrupt_file_at_once(mtan, official):
         assert part in str(caught.value)
     file = official / "disparity/train/ulm/ulm_000002_000019_disparity.png"
     Image.fromarray(np.zeros(SIZE, np.uint8)).save(file)
-    (official / "leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png").write_bytes(
-        b"\x89PNG"
-    )
-    with pytest.raises(
-        ValueError,
-        match="(?s)aachen_000000_000019_leftImg8bit.png.*ulm_000002_000019_disparity.png",
-    ):
+    aachen = official / "leftImg8bit/train/aachen"
+    (aachen / "aachen_000000_000019_leftImg8bit.png").write_bytes(b"\x89PNG")
+    both = "(?s)aachen_000000_000019_leftImg8bit.png.*ulm_000002_000019_disparity.png"
+    with pytest.raises(ValueError, match=both):
         prepare_cityscapes(official, SIZE)
+    Image.fromarray(np.full((4, 4), 9000, np.uint16)).save(
+        official / "disparity/val/lindau/lindau_000000_000019_disparity.png"
+    )
+    with pytest.raises(ValueError, match=f"{both}.*val/lindau.* differ in size"):
+        prepare_cityscapes(official, SIZE)  # the wrong ones of both parts in one error
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -0.1, 1.5])

@@ -1,4 +1,4 @@
-"""Prepared image sets: resizing, reading, building, what is refused, and what an interruption leaves."""
+"""Prepared image sets: resizing, reading, building, what is refused, what interruptions leave."""
 
 import hashlib
 import json
@@ -69,14 +69,15 @@ class Reader:
 
 
 def leftovers(cache):
-    return (
-        sorted(path.name for path in cache.glob(".*") if path.suffix != ".lock")
-        if cache.exists()
-        else []
-    )
+    return sorted(path.name for path in cache.glob(".*") if path.suffix != ".lock")
 
 
-# ------------------------------------------------------------------------------------------------------------ resizing
+# ----------------------------------------------------------------------------------------- resizing
+
+
+def overlap(scale, new, old):
+    """What a new pixel's interval and an old one's have in common."""
+    return max(min((new + 1) * scale, old + 1) - max(new * scale, old), 0)
 
 
 def slow_area(array, size):
@@ -88,11 +89,9 @@ def slow_area(array, size):
             total = Fraction(0)
             for k in range(height):
                 for m in range(width):
-                    tall = min(Fraction((i + 1) * height, h), k + 1) - max(
-                        Fraction(i * height, h), k
-                    )
-                    wide = min(Fraction((j + 1) * width, w), m + 1) - max(Fraction(j * width, w), m)
-                    total += max(tall, 0) * max(wide, 0) * int(array[k, m])
+                    tall = overlap(Fraction(height, h), i, k)
+                    wide = overlap(Fraction(width, w), j, m)
+                    total += tall * wide * int(array[k, m])
             out[i, j] = float(total * h * w / (height * width))
     return out
 
@@ -110,57 +109,48 @@ def test_image_store_area_is_the_mean_over_areas(array, size):
 @settings(deadline=None, max_examples=60)
 @given(pictures, sizes)
 def test_image_store_nearest_takes_the_center(array, size):
-    (height, width), found = array.shape, nearest(array, size)
+    height, width = array.shape
+    resized = nearest(array, size)
     for i in range(size[0]):
         for j in range(size[1]):
-            row, column = (
-                Fraction(2 * i + 1, 2 * size[0]) * height,
-                Fraction(2 * j + 1, 2 * size[1]) * width,
-            )
-            assert found[i, j] == array[int(row), int(column)]
+            row = Fraction(2 * i + 1, 2 * size[0]) * height
+            column = Fraction(2 * j + 1, 2 * size[1]) * width
+            assert resized[i, j] == array[int(row), int(column)]
 
 
 def test_image_store_resizing_keeps_leading_dimensions_and_types():
     array = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 12), dtype=np.uint8)
     blocks = array.reshape(2, 3, 4, 2, 4, 3).mean((3, 5))
-    assert (
-        np.abs(area(array, (4, 4)) - blocks).max() <= 0.501
-        and area(array, (4, 4)).dtype == np.uint8
-    )
+    assert np.abs(area(array, (4, 4)) - blocks).max() <= 0.501
+    assert area(array, (4, 4)).dtype == np.uint8
     assert nearest(array.astype(np.int16), (4, 4)).dtype == np.int16
     assert_close(nearest(array, (4, 4)), array[..., 1::2, 1::3])
     assert area(array, (8, 12)) is array
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def test_image_store_reads_colors_of_any_kind(tmp_path):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
-    for mode, suffix in (
-        ("RGB", "png"),
-        ("L", "png"),
-        ("RGBA", "png"),
-        ("P", "png"),
-        ("CMYK", "jpg"),
-    ):
+    suffixes = {"RGB": "png", "L": "png", "RGBA": "png", "P": "png", "CMYK": "jpg"}
+    for mode, suffix in suffixes.items():
+        path = tmp_path / f"{mode}.{suffix}"
         converted = picture.convert(mode)
-        converted.save(
-            tmp_path / f"{mode}.{suffix}", **({"quality": 95} if suffix == "jpg" else {})
-        )
-        found = read_image(tmp_path / f"{mode}.{suffix}")
-        assert found.shape == (3, 6, 8) and found.dtype == np.uint8 and found.flags.c_contiguous
+        converted.save(path, quality=95)
+        image = read_image(path)
+        assert image.shape == (3, 6, 8) and image.dtype == np.uint8 and image.flags.c_contiguous
         if suffix == "png":
-            assert (found.transpose(1, 2, 0) == np.asarray(converted.convert("RGB"))).all()
+            assert (image.transpose(1, 2, 0) == np.asarray(converted.convert("RGB"))).all()
 
 
 @pytest.mark.parametrize("size", [(3, 4), (4, 5), (3, 5), (12, 3), (1, 1), (9, 15)])
 def test_image_store_reading_agrees_with_area(tmp_path, size):
     array = np.random.default_rng(0).integers(0, 256, (3, 9, 15), dtype=np.uint8)
     Image.fromarray(array.transpose(1, 2, 0)).save(tmp_path / "a.png")
-    found = read_image(tmp_path / "a.png", size)
-    assert found.shape == (3, *size)
-    assert np.abs(found.astype(int) - area(array, size)).max() <= 1
+    image = read_image(tmp_path / "a.png", size)
+    assert image.shape == (3, *size)
+    assert np.abs(image.astype(int) - area(array, size)).max() <= 1
     assert (read_image(tmp_path / "a.png", size, resize="nearest") == nearest(array, size)).all()
 
 
@@ -168,8 +158,8 @@ def test_image_store_bilinear_is_antialiased(tmp_path):
     stripes = np.zeros((8, 64, 3), np.uint8)
     stripes[:, ::2] = 255
     Image.fromarray(stripes).save(tmp_path / "a.png")
-    found = read_image(tmp_path / "a.png", (8, 8), resize="bilinear")
-    assert np.abs(found.astype(int) - 127.5).max() < 10
+    image = read_image(tmp_path / "a.png", (8, 8), resize="bilinear")
+    assert np.abs(image.astype(int) - 127.5).max() < 10
 
 
 def test_image_store_labels_keep_their_numbers(tmp_path):
@@ -201,9 +191,8 @@ def test_image_store_reading_errors_name_the_file(tmp_path):
         read_image(tmp_path / "color.png", mode="L")
     with pytest.raises(FileNotFoundError, match="gone.png"):
         read_image(tmp_path / "gone.png")
-    with pytest.raises(
-        ValueError, match="resize must be 'area', 'bilinear' or 'nearest', not 'cubic'"
-    ):
+    message = r"resize must be one of \['area', 'bilinear', 'nearest'\], got 'cubic'"
+    with pytest.raises(ValueError, match=message):
         read_image(tmp_path / "color.png", (2, 2), resize="cubic")
 
 
@@ -227,16 +216,16 @@ def test_image_store_missing_names_folder_and_recipe(monkeypatch):
     assert "DBMTL_DATA is elsewhere" in str(missing("Rooms", Path("somewhere"), "Go there."))
 
 
-# ------------------------------------------------------------------------------------------------- depth and normals
+# -------------------------------------------------------------------------------- depth and normals
 
 
 @settings(deadline=None, max_examples=60)
 @given(hnp.arrays(np.float64, (3, 4), elements=st.floats(0, 16)))
 def test_image_store_depth_is_within_half_a_unit(depth):
-    found = encode_depth(depth, 0.0005)
-    assert found.dtype == np.int16 and ((found == 0) == (depth == 0)).all()
+    steps = encode_depth(depth, 0.0005)
+    assert steps.dtype == np.int16 and ((steps == 0) == (depth == 0)).all()
     far = depth >= 0.0005  # nearer ones become one unit: 0 would say unknown
-    assert np.abs(found * 0.0005 - depth)[far].max(initial=0) <= 0.00025 + 1e-12
+    assert np.abs(steps * 0.0005 - depth)[far].max(initial=0) <= 0.00025 + 1e-12
 
 
 @pytest.mark.parametrize("value", [-0.1, 16.4, np.nan, np.inf])
@@ -248,26 +237,23 @@ def test_image_store_depth_out_of_range_is_an_error(value):
 def test_image_store_normals_keep_their_direction():
     vectors = np.random.default_rng(0).standard_normal((3, 100, 100)) * np.geomspace(0.01, 100, 100)
     vectors[:, 0, 0] = 0
-    found = encode_normal(vectors)
-    assert found.dtype == np.int8 and not found[:, 0, 0].any() and np.abs(found).max() <= 127
-    cosine = torch.cosine_similarity(
-        torch.from_numpy(vectors), torch.from_numpy(found).double(), dim=0
-    )
+    coded = encode_normal(vectors)
+    assert coded.dtype == np.int8 and not coded[:, 0, 0].any() and np.abs(coded).max() <= 127
+    decoded = torch.from_numpy(coded).double()
+    cosine = torch.cosine_similarity(torch.from_numpy(vectors), decoded, dim=0)
     assert cosine.flatten()[1:].min() > np.cos(np.radians(0.4))
     with pytest.raises(ValueError, match="not finite"):
         encode_normal(np.full((3, 1, 1), np.nan))
 
 
-# ------------------------------------------------------------------------------------------------------------ building
+# ----------------------------------------------------------------------------------------- building
 
 
 def test_image_store_holds_what_was_read(items):
     store = build_store("set", items, Reader(), FIELDS, meta={"unit": 0.1})
-    assert (
-        len(store) == 5
-        and store.keys == tuple(f"item{n}" for n in range(5))
-        and store.meta == {"unit": 0.1}
-    )
+    assert len(store) == 5
+    assert store.keys == tuple(f"item{n}" for n in range(5))
+    assert store.meta == {"unit": 0.1}
     assert store.folder == cache_folder() / "set"
     expected = torch.arange(6).reshape(2, 3) + torch.arange(5)[:, None, None]
     assert_close(store.arrays["value"], expected.to(torch.uint8))
@@ -341,9 +327,11 @@ def test_image_store_files_cannot_be_changed_through_it(items):
 def test_image_store_costs_no_memory_on_the_cpu(tmp_path):
     items = make_items(tmp_path / "big", 16)
     rows = {"value": ((1 << 22,), np.uint8)}
-    store = build_store(
-        "big", items, lambda item: {"value": np.full(1 << 22, item.label["n"], np.uint8)}, rows
-    )
+
+    def read(item):
+        return {"value": np.full(1 << 22, item.label["n"], np.uint8)}
+
+    store = build_store("big", items, read, rows)
     assert (store.folder / "value.npy").stat().st_size > 64e6
 
     def anonymous():  # resident pages that are not a file's
@@ -377,7 +365,7 @@ def test_image_store_works_without_tqdm(items, monkeypatch):
     assert len(build_store("set", items, Reader(), FIELDS, progress=True)) == 5
 
 
-# ------------------------------------------------------------------------------------------------------------- refusing
+# ----------------------------------------------------------------------------------------- refusing
 
 
 def spoil(folder):
@@ -413,14 +401,8 @@ def test_image_store_names_every_wrong_file_in_one_error(tmp_path, cache):
         build_store("set", spoil(tmp_path / "spoiled"), read_spoiled, IMAGES)
     head, *lines = str(caught.value).splitlines()
     assert head == "set: 6 of 7 samples cannot be used:"
-    assert [line.split(":")[0] for line in lines] == [
-        "cut",
-        "gone",
-        "empty",
-        "shape",
-        "range",
-        "text",
-    ]
+    keys = [line.split(":")[0] for line in lines]
+    assert keys == ["cut", "gone", "empty", "shape", "range", "text"]
     details = ["cut.jpg", "gone.jpg", "empty.jpg", "[3, 8, 16]", "range.png", "text.png"]
     assert [detail for detail, line in zip(details, lines, strict=True) if detail not in line] == []
     assert open_store("set") is None and leftovers(cache) == []
@@ -433,9 +415,8 @@ def test_image_store_names_twenty_and_counts_the_rest(tmp_path):
     with pytest.raises(ValueError) as caught:
         build_store("set", items, Reader(), FIELDS)
     lines = str(caught.value).splitlines()
-    assert (
-        lines[0].startswith("set: 23 of 25") and len(lines) == 22 and lines[-1] == "... and 3 more"
-    )
+    assert lines[0].startswith("set: 23 of 25")
+    assert len(lines) == 22 and lines[-1] == "... and 3 more"
 
 
 def test_image_store_keeps_the_old_one_when_the_new_one_fails(items):
@@ -505,7 +486,7 @@ def test_image_store_notices_sources_that_change_meanwhile(items, cache):
     assert open_store("set") is None and leftovers(cache) == []
 
 
-# -------------------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 def cut(folder):
@@ -544,7 +525,7 @@ def test_image_store_without_manifest_is_none(items):
     assert len(build_store("set", items, Reader(), FIELDS)) == 5
 
 
-# ------------------------------------------------------------------------------------------------ other processes
+# ---------------------------------------------------------------------------------- other processes
 
 SCRIPT = """
 import os, signal, sys, time, warnings
@@ -595,17 +576,16 @@ def start(server, items, tmp_path, cache):
     return start
 
 
+SECOND_RENAME = """
+real = Path.rename
+Path.rename = lambda a, b: real(a, b) if '.old' in str(b) else die()
+"""
 MOMENTS = {  # when the process is killed, and whether an older store survives it
     "in the first sample": (script("die()"), True),
     "in the last sample": (script("item.label['n'] == 4 and (time.sleep(0.3), die())"), True),
-    "in the manifest": (script(patch="image_store.json.dump = die"), True),
+    "in the manifest": (script(patch="image_store.write_atomically = die"), True),
     "before the renames": (script(patch="Path.rename = die"), True),
-    "between the renames": (
-        script(
-            patch="real = Path.rename\nPath.rename = lambda a, b: real(a, b) if '.old' in str(b) else die()"
-        ),
-        False,
-    ),
+    "between the renames": (script(patch=SECOND_RENAME), False),
 }
 
 
@@ -655,5 +635,9 @@ def test_image_store_builds_where_locks_do_not_work(items, cache, monkeypatch):
 
 
 def test_image_store_public_names():
-    names = "area build_store cache_folder encode_depth encode_normal Item missing nearest open_store read_image Store"
+    folders = "cache_folder source_folder missing first_twenty"
+    stores = "Item Store StorePlan open_store build_store store_name open_stores build_stores"
+    readers = "area nearest read_image read_array check_one_size check_size"
+    codes = "dense_fields encode_depth encode_normal"
+    names = " ".join([folders, stores, readers, codes])
     assert sorted(image_store.__all__) == sorted(names.split())

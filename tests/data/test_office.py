@@ -67,32 +67,30 @@ def tree(root, name, folders, between="", frame="frame_{:04d}.jpg"):
                     picture(path, gray_of(place, label, number))
 
 
-# ------------------------------------------------------------------------------------------------------------- lists
+# -------------------------------------------------------------------------------------------- lists
 
 
-@pytest.mark.parametrize(
-    "name, sizes",
-    [
-        (
-            "office31",
-            {"amazon": (1680, 552, 585), "dslr": (287, 89, 122), "webcam": (466, 149, 180)},
-        ),
-        (
-            "officehome",
-            {
-                "art": (1435, 465, 527),
-                "clipart": (2596, 846, 923),
-                "product": (2635, 860, 944),
-                "real_world": (2586, 846, 925),
-            },
-        ),
-    ],
-)
-def test_office_lists_have_the_sizes_of_the_paper(name, sizes):
+SIZES = {
+    "office31": {
+        "amazon": [1680, 552, 585],
+        "dslr": [287, 89, 122],
+        "webcam": [466, 149, 180],
+    },
+    "officehome": {
+        "art": [1435, 465, 527],
+        "clipart": [2596, 846, 923],
+        "product": [2635, 860, 944],
+        "real_world": [2586, 846, 925],
+    },
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_office_lists_have_the_sizes_of_the_paper(name):
     lists = office_lists(name)
-    assert {
-        task: tuple(len(entries) for entries in parts.values()) for task, parts in lists.items()
-    } == sizes
+    assert list(lists) == list(SIZES[name])
+    for task, parts in lists.items():
+        assert [len(entries) for entries in parts.values()] == SIZES[name][task]
     entries = [entry for parts in lists.values() for part in parts.values() for entry in part]
     assert len({entry.key for entry in entries}) == len(entries) == COUNTS[name]
 
@@ -109,11 +107,8 @@ def test_office_labels_mean_the_same_in_every_domain_and_part(name, classes):
 def test_office_lists_pinned_lines():
     """Lines of LibMTL's files, read by eye."""
     lists = office_lists("office31")
-    assert [e.file for e in lists["amazon"]["train"][:3]] == [
-        "frame_0065.jpg",
-        "frame_0063.jpg",
-        "frame_0012.jpg",
-    ]
+    files = [entry.file for entry in lists["amazon"]["train"][:3]]
+    assert files == ["frame_0065.jpg", "frame_0063.jpg", "frame_0012.jpg"]
     assert lists["dslr"]["validation"][2] == ("dslr", "paper_notebook", "frame_0005.jpg", 1)
     home = office_lists("officehome")["real_world"]["test"][0]
     assert home == ("real_world", "Calendar", "00027.jpg", 0)
@@ -132,10 +127,8 @@ def test_pacs_split_is_a_partition_that_ignores_the_order(names, random):
     names = sorted(names)
     parts = hashed_split(names)
     assert sorted(sum(parts, [])) == names
-    assert (
-        abs(len(parts[0]) - 0.6 * len(names)) <= 0.5
-        and abs(len(parts[2]) - 0.2 * len(names)) <= 0.5
-    )
+    assert abs(len(parts[0]) - 0.6 * len(names)) <= 0.5
+    assert abs(len(parts[2]) - 0.2 * len(names)) <= 0.5
     shuffled = names[:]
     random.shuffle(shuffled)
     assert hashed_split(shuffled) == parts
@@ -149,7 +142,7 @@ def test_pacs_split_pinned():
     assert order != names
 
 
-# ----------------------------------------------------------------------------------------------------------- layouts
+# ------------------------------------------------------------------------------------------ layouts
 
 
 @pytest.mark.parametrize("between", ["images", ""])
@@ -158,46 +151,35 @@ def test_office31_layouts(small, between, around):
     tree(small / "office31" / around, "office31", ["amazon", "dslr", "webcam"], between)
     items = office_files("office31")
     assert [len(items["webcam"][part]) for part in ("train", "validation", "test")] == [6, 2, 3]
-    assert all(
-        item.files[0].is_file()
-        for parts in items.values()
-        for part in parts.values()
-        for item in part
-    )
+    for parts in items.values():
+        for item in sum(parts.values(), []):
+            assert item.files[0].is_file()
 
 
 @pytest.mark.parametrize("real", ["Real World", "Real_World"])
 def test_officehome_real_world_with_a_space_or_without(small, real):
-    tree(
-        small / "officehome", "officehome", ["Art", "Clipart", "Product", real], frame="{:05d}.jpg"
-    )
+    folders = ["Art", "Clipart", "Product", real]
+    tree(small / "officehome", "officehome", folders, frame="{:05d}.jpg")
     item = office_files("officehome")["real_world"]["test"][1]
     assert item.key == "real_world/bike/00008.jpg" and item.files[0].parent.parent.name == real
     assert item.label == {"label": 1}
 
 
 def test_office_arrays_hold_the_images_of_the_list_in_its_order(small):
-    tree(
-        small / "officehome",
-        "officehome",
-        ["Art", "Clipart", "Product", "Real World"],
-        frame="{:05d}.jpg",
-    )
+    folders = ["Art", "Clipart", "Product", "Real World"]
+    tree(small / "officehome", "officehome", folders, frame="{:05d}.jpg")
     stores = prepare_office("officehome", size=(8, 12))
     for place, (task, parts) in enumerate(stores.items()):
         for part, store in parts.items():
-            expected = [
-                (label, n) for label, ns in enumerate(SMALL["domains"][task][part]) for n in ns
-            ]
+            numbers_of = enumerate(SMALL["domains"][task][part])
+            expected = [(label, number) for label, numbers in numbers_of for number in numbers]
             assert store.arrays["image"].shape == (len(expected), 3, 8, 12)
             assert store.arrays["label"].tolist() == [label for label, _ in expected]
             gray = store.arrays["image"].float().mean((1, 2, 3))
             wanted = torch.tensor([float(gray_of(place, *pair)) for pair in expected])
             assert (gray - wanted).abs().max() <= 1.5  # JPEG
-    assert (
-        stores["art"]["train"].meta["task"] == "art"
-        and stores["art"]["train"].meta["set"] == "Office-Home"
-    )
+    meta = stores["art"]["train"].meta
+    assert meta["task"] == "art" and meta["set"] == "Office-Home"
 
 
 def test_office_arrays_are_resized_with_the_antialiased_bilinear_filter(small):
@@ -215,27 +197,25 @@ def test_office_second_preparation_reads_nothing(small, monkeypatch):
     tree(small / "office31", "office31", ["amazon", "dslr", "webcam"], "images")
     first = prepare_office("office31", size=(8, 8))
     monkeypatch.setattr(office_data, "_read", lambda item, size: pytest.fail("read again"))
-    assert (
-        prepare_office("office31", size=(8, 8))["dslr"]["test"].hash == first["dslr"]["test"].hash
-    )
-    assert open_office("office31", (8, 8))["dslr"]["test"].hash == first["dslr"]["test"].hash
+    digest = first["dslr"]["test"].hash
+    assert prepare_office("office31", size=(8, 8))["dslr"]["test"].hash == digest
+    assert open_office("office31", (8, 8))["dslr"]["test"].hash == digest
     assert open_office("office31", (8, 9)) is None
 
 
 def test_office_a_choice_is_part_of_the_list_and_grows(small):
     tree(small / "office31", "office31", ["amazon", "dslr", "webcam"])
-    keys = {
-        n: prepare_office("office31", size=(4, 4), train=n, evaluation=1)["amazon"]["train"].keys
-        for n in (2, 4)
-    }
-    everything = prepare_office("office31", size=(4, 4))["amazon"]["train"].keys
-    assert keys[2] == keys[4][:2] and set(keys[4]) < set(everything)
+    two, four, everything = (
+        prepare_office("office31", size=(4, 4), train=count, evaluation=1)["amazon"]["train"].keys
+        for count in (2, 4, 0)
+    )
+    assert two == four[:2] and set(four) < set(everything) and len(everything) == 6
     assert len(open_office("office31", (4, 4), 2, 1)["webcam"]["validation"]) == 1
     with pytest.raises(ValueError, match="size=7: this list has 6 images"):
         prepare_office("office31", size=(4, 4), train=7)
 
 
-# ------------------------------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("name", DOMAINS)
@@ -254,24 +234,18 @@ def test_office_everything_missing_is_named_in_one_error(small):
         office_files("office31")
     text = str(caught.value)
     assert "lacks 3 of its folders or files" in text
-    assert all(
-        part in text
-        for part in ("webcam/", "dslr/images/mug/", "amazon/images/bike/frame_0006.jpg")
-    )
+    for path in ("webcam/", "dslr/images/mug/", "amazon/images/bike/frame_0006.jpg"):
+        assert path in text
 
 
 def test_office_many_missing_files_are_counted(small):
     tree(small / "office31", "office31", ["amazon", "dslr", "webcam"])
-    gone = [
-        path
-        for path in sorted(small.rglob("*.jpg"))
-        if path.stem not in ("frame_0004", "frame_0001")
-    ]
+    paths = sorted(small.rglob("*.jpg"))
+    gone = [path for path in paths if path.stem not in ("frame_0004", "frame_0001")]
     for path in gone:
         path.unlink()
-    with pytest.raises(
-        FileNotFoundError, match=rf"lacks {len(gone)} .* and {len(gone) - 20} more\."
-    ):
+    message = rf"lacks {len(gone)} .* and {len(gone) - 20} more\."
+    with pytest.raises(FileNotFoundError, match=message):
         office_files("office31")
 
 
@@ -283,9 +257,8 @@ def test_office_corrupt_files_of_all_domains_are_named_and_nothing_half_made_is_
     broken.write_bytes(broken.read_bytes()[:200])
     with pytest.raises(ValueError) as caught:
         prepare_office("office31", size=(8, 8))
-    assert "frame_0002.jpg" in str(caught.value) and "webcam/pen/frame_0009.jpg" in str(
-        caught.value
-    )
+    message = str(caught.value)
+    assert "frame_0002.jpg" in message and "webcam/pen/frame_0009.jpg" in message
     assert open_office("office31", (8, 8)) is None
 
 
@@ -298,43 +271,36 @@ def test_pacs_a_domain_that_is_missing_is_named(tmp_path):
         office_files("pacs", tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------------- real images
+# -------------------------------------------------------------------------------------- real images
 
 
 @pytest.mark.data
 def test_office31_real_images(tmp_path, monkeypatch):
     monkeypatch.setenv("DBMTL_CACHE", str(tmp_path))
-    files = office_files("office31")
-    digests = {
-        part: [
-            hashlib.sha256(i.files[0].read_bytes()).digest()
-            for parts in files.values()
-            for i in parts[part]
-        ]
-        for part in ("train", "validation", "test")
-    }
+    digests = {"train": [], "validation": [], "test": []}
+    for parts in office_files("office31").values():
+        for part, items in parts.items():
+            for item in items:
+                digests[part].append(hashlib.sha256(item.files[0].read_bytes()).digest())
     assert sum(map(len, digests.values())) == 4110
-    assert (
-        sum(digest in set(digests["train"]) for digest in digests["test"]) == 25
-    )  # twins, byte for byte
+    twins = sum(digest in set(digests["train"]) for digest in digests["test"])
+    assert twins == 25  # byte for byte
     stores = prepare_office("office31", size=(64, 64), train=12, evaluation=6)
     for task, parts in stores.items():
         assert [len(store) for store in parts.values()] == [12, 6, 6]
         for store in parts.values():
             kinds = [key.split("/")[1] for key in store.keys]
-            assert [
-                class_names("office31")[label] for label in store.arrays["label"].tolist()
-            ] == kinds
+            labels = store.arrays["label"].tolist()
+            assert [class_names("office31")[label] for label in labels] == kinds
             assert store.keys[0].startswith(task) and store.arrays["image"].float().std() > 20
 
 
 @pytest.mark.data
 def test_pacs_real_images():
-    lists = {
-        task: {part: len(items) for part, items in parts.items()}
-        for task, parts in office_files("pacs").items()
-    }
-    assert sum(sum(parts.values()) for parts in lists.values()) == COUNTS["pacs"]
-    totals = {task: sum(parts.values()) for task, parts in lists.items()}
+    sizes = {}
+    for task, parts in office_files("pacs").items():
+        sizes[task] = {part: len(items) for part, items in parts.items()}
+    totals = {task: sum(parts.values()) for task, parts in sizes.items()}
+    assert sum(totals.values()) == COUNTS["pacs"]
     assert totals == {"photo": 1670, "art_painting": 2048, "cartoon": 2344, "sketch": 3929}
-    assert lists["photo"] == {"train": 1001, "validation": 336, "test": 333}
+    assert sizes["photo"] == {"train": 1001, "validation": 336, "test": 333}

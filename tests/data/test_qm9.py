@@ -29,6 +29,8 @@ from dbmtl.data.qm9 import (
     unpack_integers,
 )
 
+WIDE_INTEGERS = st.integers(-(2**40), 2**40)
+
 
 @pytest.fixture(scope="module")
 def sample():
@@ -41,11 +43,7 @@ def full():
 
 
 @settings(deadline=None, max_examples=50)
-@given(
-    hnp.arrays(
-        np.int64, hnp.array_shapes(max_dims=2, max_side=9), elements=st.integers(-(2**40), 2**40)
-    )
-)
+@given(hnp.arrays(np.int64, hnp.array_shapes(max_dims=2, max_side=9), elements=WIDE_INTEGERS))
 def test_qm9_integers_survive_the_byte_planes(values):
     planes, offset = pack_integers(values)
     assert planes.dtype == np.uint8 and (unpack_integers(planes, offset) == values).all()
@@ -57,29 +55,11 @@ def test_qm9_offset_above_the_smallest_value_is_an_error():
 
 
 def test_qm9_tasks_are_the_eleven_of_the_paper():
-    assert [t.name for t in TASKS] == [
-        "mu",
-        "alpha",
-        "HOMO",
-        "LUMO",
-        "R2",
-        "ZPVE",
-        "U0",
-        "U",
-        "H",
-        "G",
-        "cv",
-    ]
+    names = "mu alpha HOMO LUMO R2 ZPVE U0 U H G cv"
+    assert [t.name for t in TASKS] == names.split()
     assert [t.column for t in TASKS] == [0, 1, 2, 3, 5, 6, 12, 13, 14, 15, 11]
-    assert {t.name for t in TASKS if t.factor == 1000} == {
-        "HOMO",
-        "LUMO",
-        "ZPVE",
-        "U0",
-        "U",
-        "H",
-        "G",
-    }
+    energies = {t.name for t in TASKS if t.factor == 1000}
+    assert energies == {"HOMO", "LUMO", "ZPVE", "U0", "U", "H", "G"}
     assert all(t.factor == 1 for t in TASKS if t.unit != "meV")
 
 
@@ -98,22 +78,19 @@ def test_qm9_sample_is_chemistry(sample):
     chosen = sample.molecules.select(torch.arange(0, 7000, 50))
     valence = {1: {1}, 6: {4, 3, 5}, 7: {3, 4, 2}, 8: {2, 1, 3}, 9: {1}}
     broken = atoms = 0
-    for start, size, pair in zip(
-        chosen.start.tolist(), chosen.size.tolist(), chosen.pair_start.tolist(), strict=True
-    ):
-        order, distance = (
-            torch.zeros(size, size),
-            torch.cdist(*2 * [chosen.position[start : start + size]]),
-        )
+    columns = (chosen.start.tolist(), chosen.size.tolist(), chosen.pair_start.tolist())
+    for start, size, pair in zip(*columns, strict=True):
+        order = torch.zeros(size, size)
+        position = chosen.position[start : start + size]
+        distance = torch.cdist(position, position)
         for j in range(size):
             for i in range(j):
                 order[i, j] = order[j, i] = chosen.pair_order[pair + j * (j - 1) // 2 + i]
         number = chosen.number[start : start + size].tolist()
         assert distance[order > 0].max() < 1.75
-        hydrogens = [
-            (order[i] * (chosen.number[start : start + size] == 1)).sum() for i in range(size)
-        ]
-        assert_close(torch.stack(hydrogens), chosen.hydrogens[start : start + size].float())
+        is_hydrogen = chosen.number[start : start + size] == 1
+        hydrogens = (order * is_hydrogen).sum(1)
+        assert_close(hydrogens, chosen.hydrogens[start : start + size].float())
         broken += sum(int(order[i].sum()) not in valence[z] for i, z in enumerate(number))
         atoms += size
     assert broken == 0 and atoms > 2000
@@ -128,10 +105,8 @@ def test_qm9_select_equals_a_loop(sample):
         assert chosen.size[row] == n
         assert_close(chosen.position[b : b + n], m.position[a : a + n])
         pairs = n * (n - 1) // 2
-        assert_close(
-            chosen.pair_order[chosen.pair_start[row] :][:pairs],
-            m.pair_order[m.pair_start[i] :][:pairs],
-        )
+        order = chosen.pair_order[chosen.pair_start[row] :][:pairs]
+        assert_close(order, m.pair_order[m.pair_start[i] :][:pairs])
     assert len(m.select([])) == 0
     assert_close(m.to("cpu").y, m.y)
 
@@ -155,9 +130,8 @@ def test_qm9_normalization_reads_the_training_part_alone(sample):
     spoiled = sample.molecules.y.clone()
     spoiled[sample.test] += 1e6
     spoiled[sample.validation] -= 1e5
-    changed = dataclasses.replace(
-        sample, molecules=dataclasses.replace(sample.molecules, y=spoiled)
-    )
+    molecules = dataclasses.replace(sample.molecules, y=spoiled)
+    changed = dataclasses.replace(sample, molecules=molecules)
     assert_close(normalization(changed), (mean, std), rtol=0, atol=0)
     assert (normalization(changed, whole=True)[0] - mean).abs().min() > 1e4
     with pytest.raises(ValueError, match="train has 1"):
@@ -205,9 +179,8 @@ def geometric_folder(tmp_path, sample):
     for row in range(len(chosen)):
         one = chosen.select([row])
         n = int(one.size)
-        pairs = torch.tril_indices(n, n, -1).flip(
-            0
-        )  # (i, j), i < j, in the order of the packed triangle
+        # (i, j), i < j, in the order of the packed triangle
+        pairs = torch.tril_indices(n, n, -1).flip(0)
         bonded = one.pair_order > 0
         forward, kind = pairs[:, bonded], one.pair_order[bonded].long() - 1
         both = torch.cat([forward, forward.flip(0)], 1)
@@ -238,12 +211,10 @@ def test_qm9_reads_torch_geometrics_folder(geometric_folder, monkeypatch):
     monkeypatch.setattr(qm9_data, "MOLECULES", 40)
     read = load_qm9(folder)
     for field in dataclasses.fields(Molecules):
-        assert_close(
-            getattr(read.molecules, field.name), getattr(chosen, field.name), rtol=0, atol=0
-        )
-    assert (
-        read.hash == hashlib.sha256((folder / "processed" / "data_v3.pt").read_bytes()).hexdigest()
-    )
+        value = getattr(read.molecules, field.name)
+        assert_close(value, getattr(chosen, field.name), rtol=0, atol=0)
+    content = (folder / "processed" / "data_v3.pt").read_bytes()
+    assert read.hash == hashlib.sha256(content).hexdigest()
 
 
 def test_qm9_truncated_torch_geometric_file(geometric_folder):
@@ -256,49 +227,32 @@ def test_qm9_truncated_torch_geometric_file(geometric_folder):
 
 @pytest.mark.data
 def test_qm9_full_set_is_torch_geometrics(full):
-    """Rows of torch-geometric's QM9: methane, ammonia and water by the raw file's numbers; counts of the whole."""
+    """Methane, ammonia and water by the numbers of the raw file, and counts of the whole."""
     m = full.molecules
     assert (len(m), len(m.number), int((m.pair_order > 0).sum())) == (130_831, 2_359_210, 2_440_360)
     assert [len(p) for p in (full.train, full.validation, full.test)] == [110_831, 10_000, 10_000]
-    methane = [
-        0.0,
-        13.21,
-        -10.5499,
-        3.1865,
-        35.3641,
-        1.2177,
-        -17.1722,
-        -17.2868,
-        -17.3897,
-        -16.1519,
-        6.469,
-    ]
+    methane = [0.0, 13.21, -10.5499, 3.1865, 35.3641, 1.2177]
+    methane += [-17.1722, -17.2868, -17.3897, -16.1519, 6.469]
     assert_close(m.y[0], torch.tensor(methane), rtol=0, atol=5e-5)
     hartree, water = 27.211386246, (-76.404702 - 2 * -0.500273 - -75.064579)
-    assert_close(
-        m.y[2, [0, 2, 6]],
-        torch.tensor([1.8511, -0.2928 * hartree, water * hartree]),
-        rtol=1e-5,
-        atol=1e-4,
-    )
+    expected = torch.tensor([1.8511, -0.2928 * hartree, water * hartree])
+    assert_close(m.y[2, [0, 2, 6]], expected, rtol=1e-5, atol=1e-4)
     assert [int(n) for n in m.size[:3]] == [5, 4, 3] and m.number[:5].tolist() == [6, 1, 1, 1, 1]
     assert m.hydrogens[m.start[:3]].tolist() == [4, 3, 2]
 
 
 @pytest.mark.data
 def test_qm9_sample_is_a_rounded_part_of_the_full_set(full, sample):
-    kept = torch.cat([full.test[:1000], full.validation[:1000], full.train[:5000]]).sort().values
-    exact, rounded = full.molecules.select(kept), sample.molecules
+    parts = [full.test[:1000], full.validation[:1000], full.train[:5000]]
+    chosen = torch.cat(parts).sort().values
+    exact, rounded = full.molecules.select(chosen), sample.molecules
     for name in ("size", "number", "hydrogens", "pair_order", "y"):
         assert_close(getattr(exact, name), getattr(rounded, name), rtol=0, atol=0)
-    pairs = zip(
-        exact.position.split(exact.size.tolist()),
-        rounded.position.split(exact.size.tolist()),
-        strict=True,
-    )
+    sizes = exact.size.tolist()
+    pairs = zip(exact.position.split(sizes), rounded.position.split(sizes), strict=True)
     error = torch.cat([(torch.pdist(a.double()) - torch.pdist(b.double())).abs() for a, b in pairs])
     assert error.max() < 2 * 3**0.5 * 0.0005 and error.mean() < 0.0004
-    assert set(kept[sample.train].tolist()) <= set(full.train.tolist())
+    assert set(chosen[sample.train].tolist()) <= set(full.train.tolist())
 
 
 @pytest.mark.data
@@ -319,10 +273,8 @@ def test_qm9_truncated_full_file_is_refused(tmp_path):
 
 def test_qm9_decode_needs_no_sample_keys():
     """The sample's step is optional: without it positions are in 1e-4 Angstrom."""
-    with (
-        qm9_data.files("dbmtl").joinpath("assets/qm9_sample.npz").open("rb") as file,
-        np.load(file) as stored,
-    ):
+    asset = qm9_data.files("dbmtl").joinpath("assets/qm9_sample.npz")
+    with asset.open("rb") as file, np.load(file) as stored:
         arrays = dict(stored)
     scaled = decode(arrays).position
     del arrays["step"]
@@ -334,9 +286,8 @@ def test_qm9_damaged_record_of_a_build_is_named(tmp_path, monkeypatch, content):
     path = tmp_path / "qm9.npz"
     path.write_bytes(b"data")
     path.with_suffix(".json").write_text(content)
-    with pytest.raises(
-        ValueError, match="qm9.json, the build's record of qm9.npz, is damaged: delete both"
-    ) as error:
+    message = "qm9.json, the build's record of qm9.npz, is damaged: delete both"
+    with pytest.raises(ValueError, match=message) as error:
         load_qm9(tmp_path)
     assert str(tmp_path) in str(error.value)
     digest = hashlib.sha256(b"data").hexdigest()
@@ -368,7 +319,6 @@ def test_qm9_of_another_torch_geometric_is_named(tmp_path):
     (tmp_path / "raw").mkdir()
     (tmp_path / "processed").mkdir()
     (tmp_path / "processed" / "data_v2.pt").write_bytes(b"")
-    with pytest.raises(
-        FileNotFoundError, match="data_v2.pt of another torch-geometric.*makes processed/data_v3.pt"
-    ):
+    message = "data_v2.pt of another torch-geometric.*makes processed/data_v3.pt"
+    with pytest.raises(FileNotFoundError, match=message):
         load_qm9(tmp_path)

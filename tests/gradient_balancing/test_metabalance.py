@@ -81,7 +81,7 @@ def test_metabalance_multiplies_tensors_and_leaves_heads():
 @pytest.mark.parametrize(
     "keys, named",
     [
-        ({"r": 1.5}, "r must be a finite number at least 0 and at most 1, got 1.5"),
+        ({"r": 1.5}, "r must be .*1.5"),
         ({"r": nan}, "r must"),
         ({"beta": 1.0}, "beta"),
         ({"target": -1}, "target"),

@@ -117,7 +117,7 @@ def is_last(x):
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-# ------------------------------------------------------------------------------------------------- half precision
+# ----------------------------------------------------------------------------------- half precision
 
 
 @pytest.mark.parametrize("method", [*METHODS, "IMTL-L", "MGDA-UB", "MoCo"])
@@ -201,7 +201,7 @@ def test_float64_predictions_are_not_lowered():
     )
 
 
-# -------------------------------------------------------------------------------------------------- checkpointing
+# ------------------------------------------------------------------------------------ checkpointing
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -344,7 +344,7 @@ def test_checkpointed_takes_any_module():
         assert not checkpointed(layer.forward, layer, x).requires_grad
 
 
-# -------------------------------------------------------------------------------------------------- channels-last
+# ------------------------------------------------------------------------------------ channels-last
 
 
 def test_channels_last_weights_and_inputs():
@@ -378,7 +378,7 @@ def test_channels_last_weights_stay_so_when_a_state_is_loaded():
     assert_close(model(images_of(model, 0)), other(images_of(other, 0)), rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------- compiled
+# ----------------------------------------------------------------------------------------- compiled
 
 
 @pytest.fixture
@@ -456,7 +456,7 @@ def test_networks_of_one_shape_are_compiled_once():
             train(net(seed=seed, compile="aot_eager"), steps=2)
 
 
-# ---------------------------------------------------------------------------------------------------- the contract
+# ------------------------------------------------------------------------------------- the contract
 
 
 @pytest.mark.parametrize("how", SWITCHES)
@@ -536,7 +536,7 @@ def test_half_precision_by_name():
         half_precision("int8")
 
 
-# ---------------------------------------------------------------------------------------------- the benchmarks' loop
+# ----------------------------------------------------------------------------- the benchmarks' loop
 
 
 def end_of_training(name, how, method="DB-MTL", steps=3, **scale):

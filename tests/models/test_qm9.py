@@ -1,4 +1,4 @@
-"""QM9's network: the dense form against torch-geometric's NNConv on real molecules, padding, order, capture."""
+"""QM9's network: the dense form against torch-geometric's NNConv, padding, order, capture."""
 
 import dataclasses
 
@@ -43,16 +43,14 @@ def both(molecules, index, width, dtype):
         dense.conv.bias.normal_()  # zero at the start, where an error would not show
     reference.load_state_dict(dense.state_dict())
     cotangent = torch.randn(len(index), width, generator=torch.Generator().manual_seed(2)).to(dtype)
-    out = []
-    for trunk, batch in (
-        (dense, dense_batch(molecules, index)),
-        (reference, graph_batch(molecules, index)),
-    ):
+    results = []
+    batches = (dense_batch(molecules, index), graph_batch(molecules, index))
+    for trunk, batch in zip((dense, reference), batches, strict=True):
         features = trunk(batch)
         names, weights = zip(*trunk.named_parameters(), strict=True)
         gradients = torch.autograd.grad(features, weights, cotangent)
-        out.append((features.detach(), dict(zip(names, gradients, strict=True))))
-    return out
+        results.append((features.detach(), dict(zip(names, gradients, strict=True))))
+    return results
 
 
 @pytest.mark.parametrize(
@@ -85,9 +83,8 @@ def test_qm9_nnconv_parameter_count_and_names():
 def test_qm9_nnconv_initial_weights_have_the_same_spread():
     pytest.importorskip("torch_geometric")
     torch.manual_seed(0)
-    for (name, p), q in zip(
-        DenseTrunk().named_parameters(), ReferenceTrunk().parameters(), strict=True
-    ):
+    pairs = zip(DenseTrunk().named_parameters(), ReferenceTrunk().parameters(), strict=True)
+    for (name, p), q in pairs:
         if p.numel() > 100:
             assert_close(p.std(), q.std(), rtol=0.15, atol=0, msg=name)
             assert_close(p.abs().max(), q.abs().max(), rtol=0.1, atol=0, msg=name)
@@ -97,12 +94,8 @@ def test_qm9_padding_and_company_change_nothing(molecules):
     data, index = precise(molecules), draw(12)
     trunk = DenseTrunk(16).double()
     alone = torch.cat([trunk(dense_batch(data, i[None])) for i in index])
-    for shapes in (
-        None,
-        ((12, 29),),
-        ((12, 40),),
-        choose_shapes(data.size[index], fixed_shapes(12)),
-    ):
+    fixed = choose_shapes(data.size[index], fixed_shapes(12))
+    for shapes in (None, ((12, 29),), ((12, 40),), fixed):
         assert_close(trunk(dense_batch(data, index, shapes)), alone, rtol=1e-10, atol=1e-12)
     for rows in (1, 5, 12):
         assert_close(trunk(dense_batch(data, index, rows=rows)), alone, rtol=1e-10, atol=1e-12)
@@ -128,9 +121,8 @@ def test_qm9_order_of_atoms_does_not_matter(molecules):
     assert (moved.pair_order != one.pair_order).any()
     trunk = DenseTrunk(16).double()
     zero = torch.tensor([0])
-    assert_close(
-        trunk(dense_batch(moved, zero)), trunk(dense_batch(one, zero)), rtol=1e-10, atol=1e-12
-    )
+    features = trunk(dense_batch(one, zero))
+    assert_close(trunk(dense_batch(moved, zero)), features, rtol=1e-10, atol=1e-12)
 
 
 def test_qm9_bonds_and_distances_matter(molecules):
@@ -155,7 +147,8 @@ def test_qm9_dense_batch_agrees_with_the_edge_list(molecules):
         assert_close(block[:n, :n][off], listed)
         assert block[n:].abs().sum() == block[:, n:].abs().sum() == 0
         first += n * (n - 1)
-    assert first == graph.edge_index.shape[1] and (graph.edge_index[0] != graph.edge_index[1]).all()
+    assert first == graph.edge_index.shape[1]
+    assert (graph.edge_index[0] != graph.edge_index[1]).all()
     assert_close(dense.x[dense.position][dense.mask[dense.position]], graph.x)
 
 
@@ -172,9 +165,8 @@ def test_qm9_batched_gradients_equal_the_loop(molecules, shapes):
         losses, weights, torch.eye(3).double(), is_grads_batched=True, retain_graph=True
     )
     for t in range(3):
-        for row, alone in zip(
-            rows, torch.autograd.grad(losses[t], weights, retain_graph=True), strict=True
-        ):
+        gradients = torch.autograd.grad(losses[t], weights, retain_graph=True)
+        for row, alone in zip(rows, gradients, strict=True):
             assert_close(row[t], alone, rtol=1e-9, atol=1e-12)
 
 
@@ -197,10 +189,13 @@ def test_qm9_chunk_shapes_cover_the_batch(molecules):
 
 def test_qm9_fixed_shapes_hold_nearly_every_batch(molecules):
     halves, whole = fixed_shapes(128)
-    chosen = [
-        choose_shapes(molecules.size[draw(128, seed)], (halves, whole)) for seed in range(200)
-    ]
-    assert sum(c == halves for c in chosen) > 190
+    batches = [molecules.size[draw(128, seed)] for seed in range(200)]
+    chosen = [choose_shapes(sizes, (halves, whole)) for sizes in batches]
+    assert sum(shapes == halves for shapes in chosen) > 190
+
+
+def test_qm9_a_single_molecule_fits_the_empty_half():
+    assert choose_shapes(torch.tensor([25]), fixed_shapes(1)) == ((0, 20), (1, 29))
 
 
 def training_step(network, molecules, balancer, optimizer, z, shapes):
@@ -227,9 +222,8 @@ def trained(molecules, device, captured, steps=8):
     for p in network.parameters():
         p.grad = torch.zeros_like(p)  # captured steps add into fixed places
     balancer = DBMTL(shared=network.trunk, num_tasks=3, grads="batched", check="later")
-    optimizer = torch.optim.Adam(
-        network.parameters(), lr=1e-3, capturable=torch.device(device).type == "cuda"
-    )
+    on_cuda = torch.device(device).type == "cuda"
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, capturable=on_cuda)
     step = training_step(network, chosen, balancer, optimizer, z, ((16, 29),))
     if captured:
         step = CapturedStep(step, torch.zeros(16, dtype=torch.long, device=device))
@@ -246,7 +240,7 @@ def test_qm9_captured_step_runs_eagerly_on_the_cpu(molecules):
 
 @pytest.mark.cuda
 def test_qm9_whole_step_in_a_cuda_graph(molecules):
-    """Forward, batched gradients, balancing and Adam, captured and replayed, against the same steps run eagerly.
+    """Forward, batched gradients, balancing and Adam: captured and replayed against run eagerly.
 
     Written on machines without CUDA: it has not run there."""
     eager, captured = trained(molecules, "cuda", False), trained(molecules, "cuda", True)

@@ -12,16 +12,9 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from dbmtl.models import resnet
-from dbmtl.models.resnet import (
-    ASPPHead,
-    BasicBlock,
-    Bottleneck,
-    DeepLab,
-    ResNet,
-    load_imagenet,
-    resnet18_trunk,
-    resnet50_dilated,
-)
+from dbmtl.models.deeplab import ASPPHead, DeepLab
+from dbmtl.models.imagenet_weights import load_imagenet
+from dbmtl.models.resnet import BasicBlock, Bottleneck, ResNet, resnet18_trunk, resnet50_dilated
 
 TASKS = {"segmentation": 13, "depth": 1, "normal": 3}
 
@@ -258,7 +251,7 @@ def test_resnet_files_that_run_code_are_refused(tmp_path):
         load_imagenet(resnet18_trunk(), "resnet18", tmp_path / "path.pth")
 
 
-# ------------------------------------------------------------------------------------ the network, computed by hand
+# -------------------------------------------------------------------- the network, computed by hand
 
 DILATIONS = {3: (1, 2, 2, 2, 2, 2), 4: (2, 4, 4)}  # of the 3x3 convolutions of stages 3 and 4
 

@@ -10,7 +10,9 @@ from torch.testing import assert_close
 
 from dbmtl import DBMTL, make_balancer
 from dbmtl.experiments.step import trunk_features
-from dbmtl.models.resnet import DeepLab, resnet50_dilated, trunk_state
+from dbmtl.models.deeplab import DeepLab
+from dbmtl.models.imagenet_weights import trunk_state
+from dbmtl.models.resnet import resnet50_dilated
 from dbmtl.models.segnet import parameter_counts
 from dbmtl.models.soft_sharing import CrossStitch, MMoE, MTANNet
 
@@ -46,7 +48,7 @@ def own_parts(model, task):
     return [p for part in parts for p in part[task].parameters()]
 
 
-# ------------------------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------- shapes
 
 
 @each_network
@@ -109,7 +111,7 @@ def test_soft_sharing_backbones_take_torchvisions_names(kind):
         assert all(id(p) in inside for p in backbone.parameters())
 
 
-# ----------------------------------------------------------------------------------------------------------- formulas
+# ----------------------------------------------------------------------------------------- formulas
 
 
 @torch.no_grad()
@@ -243,7 +245,7 @@ def test_mmoe_needs_an_expert():
         network("MMoE", experts=0)
 
 
-# ---------------------------------------------------------------------------------------------------------- balancing
+# ---------------------------------------------------------------------------------------- balancing
 
 
 @each_network

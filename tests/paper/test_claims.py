@@ -50,17 +50,8 @@ def page():
     os.chdir(ROOT)
     try:
         for cell in CELLS:
-            if not re.search(
-                r"\bask\(|save_figure\(|write_table\(", re.sub(r"(?m)^from .*", "", cell.source)
-            ):
+            if not re.search(r"\bask\(|artifacts\.(?:table|figure)\(", cell.source):
                 exec(compile(cell.source, "15_paper/17_claims", "exec"), names)
-            elif "LOOKS = {" in cell.source:
-                kept = [
-                    n
-                    for n in ast.parse(cell.source).body
-                    if isinstance(n, ast.Assign) and n.targets[0].id == "LOOKS"
-                ]
-                exec(compile(ast.Module(kept, []), "15_paper/17_claims", "exec"), names)
     finally:
         os.chdir(folder)
     yield names

@@ -436,8 +436,12 @@ def test_table6_runs_of_the_library_are_compared_with_the_copied_rows():
 # --------------------------------------------------------------------------------------------------- nothing is typed
 
 
-NOTEBOOKS = sorted((ROOT / "nbs").glob("6[0-6]_*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "nbs" / "15_paper").glob("*_table*.ipynb"))
 RESULT = r"\b(same sign|opposite sign|undecided|reproduced)\b"
+
+
+def test_tables_notebooks_are_those_of_the_six_tables():
+    assert [path.stem.split("_")[1] for path in NOTEBOOKS] == [f"table{n}" for n in range(1, 7)]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -41,8 +41,8 @@ LAYERS = [
     "prepare",
 ]
 RESULTS = ("15_paper/", "16_studies/", "17_site/")  # folders of notebooks without a module
-# folders whose notebooks show their class early: in the end ("02_", "03_", "04_dbmtl")
-EARLY = ()
+# whose notebooks show their class early; in the end: ("02_", "03_", "04_dbmtl")
+EARLY = ("02_", "04_dbmtl")
 
 
 # --------------------------------------------------------------- what the rules ask of a notebook

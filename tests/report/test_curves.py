@@ -24,27 +24,27 @@ SHOWN = ["EW", "DB-MTL"]
 T3 = 4.302652729911275  # Student's 97.5 % point for two degrees of freedom: three seeds
 
 
-def definitions(number):
+def is_definition(node):
+    """Imports, functions, and assignments to one capital name."""
+    if isinstance(node, ast.Assign):
+        return isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper()
+    return isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef)
+
+
+def definitions(notebook):
     """The imports, functions and capital constants of a notebook, without running it."""
-    raw = json.loads(next(ROOT.glob(f"nbs/{number}_*.ipynb")).read_text())
-    space = {
-        "shown": SHOWN,
-        "protocol": "best",
-        "own": {"nyuv2": True, "qm9": False, "office31": False},
-    }
+    raw = json.loads((ROOT / "nbs" / f"{notebook}.ipynb").read_text(encoding="utf-8"))
+    space = {"protocol": "best"}
     for cell in raw["cells"]:
-        for node in ast.parse("".join(cell["source"])).body if cell["cell_type"] == "code" else []:
-            named = (
-                isinstance(node, ast.Assign)
-                and isinstance(node.targets[0], ast.Name)
-                and node.targets[0].id.isupper()
-            )
-            if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef) or named:
-                exec(compile(ast.Module([node], []), raw["cells"][0]["id"], "exec"), space)
+        if cell["cell_type"] == "code":
+            nodes = [n for n in ast.parse("".join(cell["source"])).body if is_definition(n)]
+            exec(compile(ast.Module(nodes, []), cell["id"], "exec"), space)
     return SimpleNamespace(**space)
 
 
-NORMS, LOSSES, COSINES = definitions(78), definitions(79), definitions(83)
+NORMS = definitions("15_paper/14_figure8_gradient_norms")
+LOSSES = definitions("15_paper/15_figure9_training_losses")
+COSINES = definitions("15_paper/16_figure10_cosines")
 
 
 @pytest.fixture(autouse=True)
@@ -596,5 +596,6 @@ def test_figures_8_to_10_are_small_and_have_cards():
             FIGURES / f"{stem}.svg"
         ).stat().st_size < 150_000
         card = json.loads((FIGURES / "cards" / f"{stem}.json").read_text())
-        assert next(ROOT.glob(f"nbs/{card['notebook']}.ipynb")) and card["caption"].endswith(".")
+        assert (ROOT / "nbs" / f"{card['notebook']}.ipynb").exists()
+        assert card["caption"].endswith(".")
         assert (FIGURES / f"{stem}.csv").exists()

@@ -9,6 +9,7 @@ from dbmtl.report.paper import (
     Recomputed,
     half_unit,
     paper_ablation,
+    paper_averages,
     paper_claims,
     paper_directions,
     paper_figure,
@@ -16,6 +17,7 @@ from dbmtl.report.paper import (
     paper_sources,
     paper_summary,
     paper_table,
+    paper_task_gains,
     recompute_delta_p,
 )
 from dbmtl.report.style import ALIASES, COLORS
@@ -136,10 +138,23 @@ def test_nyuv2_dbmtl_per_task_and_metric_average():
 
 
 def test_qm9_dbmtl_deficit_is_mostly_r2():
-    table = paper_table("qm9")
-    parts = delta_p_per_task(table["DB-MTL"], table["STL"], paper_directions("qm9"))
+    parts = paper_task_gains("qm9")["DB-MTL"]
     assert parts["R2"] == pytest.approx(-359.2, abs=0.05)
     assert parts["R2"] / sum(parts.values()) == pytest.approx(0.56, abs=0.005)
+
+
+@pytest.mark.parametrize("benchmark", TABLES)
+def test_paper_task_gains_are_delta_p_task_by_task(benchmark):
+    table, directions = paper_table(benchmark), paper_directions(benchmark)
+    for method, gains in paper_task_gains(benchmark).items():
+        assert gains == delta_p_per_task(table[method], table["STL"], directions)
+
+
+def test_paper_averages_have_the_halves_where_table_5_has_them():
+    averages = paper_averages("qm9")
+    assert averages["loss-only"].value == -74.4 and averages["gradient-only"].value == -65.73
+    assert {"loss-only", "gradient-only"}.isdisjoint(paper_averages("nyuv2_segnet"))
+    assert paper_averages("qm9")["DB-MTL"] == paper_summary("qm9")["DB-MTL"]
 
 
 @pytest.mark.parametrize("benchmark", ["nyuv2", "cityscapes", "qm9", "office31", "officehome"])
@@ -205,11 +220,11 @@ def test_paper_claims():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: paper_table("qm8"), "got 'qm8'; the nearest name is 'qm9'"),
-        (lambda: paper_table("qm9", "Nash paper"), "the nearest name is 'Nash-MTL paper'"),
-        (lambda: paper_summary("qm9", "delta"), "the nearest name is 'delta_p'"),
+        (lambda: paper_table("qm8"), "got 'qm8'; did you mean 'qm9'?"),
+        (lambda: paper_table("qm9", "Nash paper"), "did you mean 'Nash-MTL paper'?"),
+        (lambda: paper_summary("qm9", "delta"), "did you mean 'delta_p'?"),
         (lambda: paper_summary("nyuv2", "delta_p", "LibMTL re-run, 1 seed"), "'nothing printed'"),
-        (lambda: paper_ablation("nyuv2_segnet"), "the nearest name is 'nyuv2'"),
+        (lambda: paper_ablation("nyuv2_segnet"), "did you mean 'nyuv2'?"),
         (lambda: paper_figure(8), "number must be one of"),
     ],
 )

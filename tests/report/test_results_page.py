@@ -212,7 +212,7 @@ def test_pages_say_what_was_lost_and_what_records_note():
 def test_pages_refuse_what_cannot_be_compared():
     with pytest.raises(ValueError, match="scale differ"):
         page_of("nyuv2", record("nyuv2", "EW"), record("nyuv2", "UW", scale="paper"))
-    with pytest.raises(ValueError, match="nearest name is 'office31'"):
+    with pytest.raises(ValueError, match="did you mean 'office31'"):
         page_of("office31", record("office31", "EW"), paper="office")
 
 

@@ -80,8 +80,8 @@ def folder(tmp_path, monkeypatch):
     """A folder of figures with four cards, and the place where the notebook looks."""
     monkeypatch.setenv("DBMTL_OUT", str(tmp_path))
     figures = tmp_path / "figures"
-    add(figures, "figure10_cosines", "71_figure10_cosines", {"office31": run()})
-    add(figures, "figure1_log", "69_figure1_log", {"qm9": None})
+    add(figures, "figure10_cosines", "15_paper/16_figure10_cosines", {"office31": run()})
+    add(figures, "figure1_log", "15_paper/07_figure1_log", {"qm9": None})
     add(figures, "qm9_per_task", "15_paper/03_table3_qm9", {"qm9": run(age=True), "pacs": None})
     add(figures, "table3_qm9", "15_paper/03_table3_qm9", {"qm9": run(scale="early")}, table=20)
     add(figures, "toy_problem", "16_studies/03_toy_problem", {}, data="computed here")
@@ -233,6 +233,6 @@ def test_project_gallery_is_small_whole_and_current(tmp_path, monkeypatch):
     (tmp_path / "nbs").symlink_to(ROOT / "nbs")
     run_notebook("17_site/03_gallery")
     assert (tmp_path / "figures" / "index.html").read_text(encoding="utf-8") == page, (
-        "run ci/reproduce --only 89"
+        "run ci/reproduce --only 17_site/03_gallery"
     )
     assert (tmp_path / "figures" / "states.md").read_text() == (FIGURES / "states.md").read_text()

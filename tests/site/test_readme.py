@@ -208,7 +208,7 @@ def test_front_is_what_its_notebook_makes_of_the_records(tmp_path, monkeypatch):
         exec(cell, names)
     for name in ("front.md", "front.csv", "cards/front.json"):
         assert (figures / name).read_text() == (ROOT / "figures" / name).read_text(), (
-            "run ci/reproduce --only 86"
+            "run ci/reproduce --only 17_site/02_front"
         )
     for path in (figures / "runs").glob("pacs-*.json"):
         path.unlink()

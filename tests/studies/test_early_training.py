@@ -81,7 +81,7 @@ def smoke(tmp_path_factory):
         sys.executable,
         ROOT / "ci" / "run_notebooks.py",
         "--only",
-        "81_early",
+        "16_studies/04_early_training",
         "-p",
         "seed",
         "3",
