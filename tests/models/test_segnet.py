@@ -1,4 +1,4 @@
-"""SegNet and its attention, from outside: sizes, formulas by another route, and who gets which gradient."""
+"""SegNet and its attention: sizes, formulas by another route, who gets which gradient."""
 
 import copy
 import warnings
@@ -27,7 +27,7 @@ def pictures(height=32, width=32, batch=2, seed=1):
 
 
 def settled(model, images):
-    """Evaluation mode with the statistics of these images: at its initial ones the network's output is next to zero."""
+    """Evaluation mode with the statistics of these images: the initial ones give next to zero."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for m in norms:
         m.momentum = 1.0
@@ -121,15 +121,13 @@ def test_segnet_xavier_draws_every_convolution_but_those_of_the_heads():
             assert m.bias.any() and float(m.weight.detach().abs().max()) <= bound, name
         elif isinstance(m, nn.Conv2d):
             fan = (m.in_channels + m.out_channels) * m.kernel_size[0] ** 2
-            many = m.weight.numel() > 400
-            assert not many or abs(float(m.weight.detach().std()) / (2 / fan) ** 0.5 - 1) < 0.15, (
-                name
-            )
+            if m.weight.numel() > 400:
+                spread = float(m.weight.detach().std())
+                assert abs(spread / (2 / fan) ** 0.5 - 1) < 0.15, name
             assert m.bias is None or not m.bias.any(), name
     again = copy.deepcopy(model)
-    assert xavier_(again) is again and not torch.equal(
-        again.heads["depth"][0].weight, model.heads["depth"][0].weight
-    )
+    assert xavier_(again) is again
+    assert not torch.equal(again.heads["depth"][0].weight, model.heads["depth"][0].weight)
 
 
 # ----------------------------------------------------------------------------------------- formulas
@@ -147,9 +145,10 @@ def unwindows(x):
 
 @torch.no_grad()
 def test_segnet_trunk_is_pooling_and_unpooling_by_hand():
-    """Each value of the decoder goes where the (first) largest of its window was; zeros elsewhere."""
+    """Each value of the decoder goes where the first largest of its window was; zeros elsewhere."""
     torch.manual_seed(0)
-    trunk, x, places = settled(xavier_(SegNetTrunk(4)), pictures(32, 64)), pictures(32, 64), []
+    trunk, x = settled(xavier_(SegNetTrunk(4)), pictures(32, 64)), pictures(32, 64)
+    places = []
     for level in trunk.encoder:
         x = level.rest(level.first(x))
         places.append(np.eye(4, dtype=np.float32)[windows(x).numpy().argmax(-1)])
@@ -207,30 +206,12 @@ def test_segnet_decoder_pairs_are_the_unpooled_input_and_the_output():
 
 
 @pytest.mark.parametrize("attention", [True, False])
-def test_segnet_gradient_is_the_slope_of_the_loss(attention):
+def test_segnet_gradient_is_the_slope_of_the_loss(slope_and_gradient, attention):
     """Along a random direction in all parameters: nothing is detached on the way."""
     images = pictures(36, 48).double()
     model = settled(network(attention=attention).double(), images)
-    parameters, draw = list(model.parameters()), torch.Generator().manual_seed(5)
-    way = [
-        torch.randn(p.shape, generator=draw, dtype=p.dtype) * p.detach().abs().mean()
-        for p in parameters
-    ]
-
-    def loss():
-        return sum(y.square().mean() for y in model(images).values())
-
-    expected = sum(
-        float((g * d).sum())
-        for g, d in zip(torch.autograd.grad(loss(), parameters), way, strict=True)
-    )
-    values, step = [], 1e-9  # smaller than the distance to the next kink of a maximum
-    with torch.no_grad():
-        for factor in (step, -2 * step):
-            for p, d in zip(parameters, way, strict=True):
-                p.add_(d, alpha=factor)
-            values.append(float(loss()))
-    assert (values[0] - values[1]) / (2 * step) == pytest.approx(expected, rel=1e-4)
+    slope, expected = slope_and_gradient(model, images)
+    assert slope == pytest.approx(expected, rel=1e-4)
 
 
 def test_segnet_shares_one_trunk_pass_among_tasks():
@@ -260,10 +241,9 @@ def test_segnet_trunk_is_what_several_losses_reach_and_nothing_else_is():
     losses = losses_of(model, pictures(36, 48))
     reach = {name: 0 for name, _ in model.named_parameters()}
     for loss in losses.values():
-        found = torch.autograd.grad(
-            loss, list(model.parameters()), retain_graph=True, allow_unused=True
-        )
-        for name, g in zip(reach, found, strict=True):
+        parameters = list(model.parameters())
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for name, g in zip(reach, gradients, strict=True):
             reach[name] += g is not None
     assert {n for name, n in reach.items() if name.startswith("trunk.")} == {3}
     assert {n for name, n in reach.items() if not name.startswith("trunk.")} == {1}
@@ -271,34 +251,32 @@ def test_segnet_trunk_is_what_several_losses_reach_and_nothing_else_is():
 
 @pytest.mark.parametrize("attention", [True, False])
 def test_segnet_under_dbmtl_equals_the_algorithm_by_hand(attention):
-    """Two steps with the moving average: trunk balanced, everything else the gradient of its own log-loss."""
+    """Two steps with the moving average: trunk balanced, the rest gets its own log-loss."""
     model = network(attention=attention)
     shared, average = list(model.trunk.parameters()), [0.0, 0.0, 0.0]
     balancer = DBMTL(shared=model.trunk, num_tasks=3, beta=0.5, beta_decay=0.5)
     for k in (1, 2):
         losses = losses_of(model, pictures(36, 48, seed=k))
         beta = 0.5 / k**0.5
-        average = [
-            beta * a + (1 - beta) * flat(g)
-            for a, g in zip(average, log_gradients(losses, shared), strict=True)
-        ]
+        rows = [flat(gradients) for gradients in log_gradients(losses, shared)]
+        average = [beta * a + (1 - beta) * g for a, g in zip(average, rows, strict=True)]
         lengths = [float(a.norm()) for a in average]
         expected = max(lengths) * sum(a / (n + 1e-8) for a, n in zip(average, lengths, strict=True))
-        own = {task: [*model.heads[task].parameters()] for task in TASKS}
-        for task in TASKS if attention else ():
-            own[task] += model.attention[task].parameters()
-        alone = {
-            task: torch.autograd.grad((losses[task] + 1e-8).log(), own[task], retain_graph=True)
-            for task in TASKS
-        }
+        of_task = {task: [*model.heads[task].parameters()] for task in TASKS}
+        gradients = {}
+        for task in TASKS:
+            if attention:
+                of_task[task] += model.attention[task].parameters()
+            log = (losses[task] + 1e-8).log()
+            gradients[task] = torch.autograd.grad(log, of_task[task], retain_graph=True)
         model.zero_grad()
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a forgotten layer would warn
             balancer.backward(losses)
-        got = flat(p.grad for p in shared)
-        assert float((got - expected).norm() / expected.norm()) < 1e-4
+        direction = flat(p.grad for p in shared)
+        assert float((direction - expected).norm() / expected.norm()) < 1e-4
         for task in TASKS:
-            for p, g in zip(own[task], alone[task], strict=True):
+            for p, g in zip(of_task[task], gradients[task], strict=True):
                 assert_close(p.grad, g, rtol=1e-4, atol=1e-7)
 
 
@@ -318,11 +296,8 @@ def test_segnet_describe_draws_the_line():
     counts, text = parameter_counts(model), balancer.describe()
     assert f"{counts['shared']:,} parameters" in text.splitlines()[1]
     for task in TASKS:
-        line = next(
-            line
-            for line in text.splitlines()
-            if line.startswith(f"outside shared, reached by {task}:")
-        )
+        head = f"outside shared, reached by {task}:"
+        line = next(line for line in text.splitlines() if line.startswith(head))
         assert f"{counts[task]:,} parameters" in line
     assert "alone" not in text and "reached by no loss: 0 tensors" in text
 
@@ -331,21 +306,20 @@ def test_segnet_with_the_partition_of_the_papers_code_is_told_apart():
     """Masks inside `shared`: described as reached by one task, and no longer their own gradient."""
     model = network()
     losses = losses_of(model, pictures())
-    own = list(model.attention["segmentation"].parameters())
-    alone = torch.autograd.grad((losses["segmentation"] + 1e-8).log(), own, retain_graph=True)
+    masks = list(model.attention["segmentation"].parameters())
+    alone = torch.autograd.grad((losses["segmentation"] + 1e-8).log(), masks, retain_graph=True)
     both = [*model.trunk.parameters(), *model.attention.parameters()]
     balancer = DBMTL(shared=both, num_tasks=3, beta=0)
     balancer.backward(losses)
     assert balancer.describe().count("in shared, but reached by") == 3
-    ratio = float(flat(p.grad for p in own).norm() / flat(alone).norm())
+    ratio = float(flat(p.grad for p in masks).norm() / flat(alone).norm())
     assert abs(ratio - 1) > 1e-3
 
 
 def test_segnet_without_its_carrying_convolutions_in_shared_warns():
     model = network()
-    balancer = DBMTL(
-        shared=[*model.trunk.encoder.parameters(), *model.trunk.decoder.parameters()], num_tasks=3
-    )
+    shared = [*model.trunk.encoder.parameters(), *model.trunk.decoder.parameters()]
+    balancer = DBMTL(shared=shared, num_tasks=3)
     with pytest.warns(UserWarning, match="carry|shared"):
         balancer.backward(losses_of(model, pictures()))
 
@@ -360,9 +334,9 @@ def test_segnet_under_other_methods(method):
 def test_segnet_at_feature_level_works_without_attention_and_is_refused_with_it():
     tasks, images = list(TASKS), pictures()
     plain = network(attention=False)
-    with trunk_features(plain, tasks) as found:
+    with trunk_features(plain, tasks) as features:
         losses = losses_of(plain, images)
-    make_balancer("MGDA-UB", shared=plain.trunk, num_tasks=3).backward(losses, features=found[0])
+    make_balancer("MGDA-UB", shared=plain.trunk, num_tasks=3).backward(losses, features=features[0])
     assert all(p.grad is not None for p in plain.trunk.parameters())
     model = network()
     with pytest.raises(TypeError, match="returns list.*one tensor"), trunk_features(model, tasks):
@@ -382,10 +356,8 @@ def test_segnet_learns_all_tasks_at_once():
         optimizer.step()
         optimizer.zero_grad()
         losses.append([float(loss.detach()) for loss in step])
-    assert all(last < 0.95 * first for first, last in zip(losses[0], losses[-1], strict=True)), (
-        losses[0],
-        losses[-1],
-    )
+    pairs = list(zip(losses[0], losses[-1], strict=True))
+    assert all(last < 0.95 * first for first, last in pairs), pairs
 
 
 # ------------------------------------------------------------------------------------ how it is run
@@ -403,10 +375,9 @@ def test_segnet_in_channels_last():
     images = pictures(36, 48)
     model = settled(network(width=8), images)
     plain = model(images)
-    last = copy.deepcopy(model).to(memory_format=torch.channels_last)(
-        images.to(memory_format=torch.channels_last)
-    )
-    assert_close(plain, last, rtol=1e-4, atol=1e-4)
+    channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    predictions = channels_last(images.to(memory_format=torch.channels_last))
+    assert_close(plain, predictions, rtol=1e-4, atol=1e-4)
 
 
 def test_segnet_steps_in_bfloat16():
@@ -417,9 +388,8 @@ def test_segnet_steps_in_bfloat16():
         assert {y.dtype for y in predictions.values()} == {torch.bfloat16}
         losses = [y.float().square().mean() for y in predictions.values()]
     DBMTL(shared=model.trunk, num_tasks=3).backward(losses)
-    assert all(
-        torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in model.parameters()
-    )
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_segnet_attention_needs_ten_levels():

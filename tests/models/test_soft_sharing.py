@@ -1,4 +1,4 @@
-"""MTAN, Cross-stitch and MMoE, from outside: what is shared, the formulas by another route, and balancing."""
+"""MTAN, Cross-stitch and MMoE: what is shared, formulas by another route, balancing."""
 
 import warnings
 
@@ -42,7 +42,7 @@ def flat(tensors):
     return torch.cat([t.flatten() for t in tensors])
 
 
-def own_parts(model, task):
+def parameters_of(model, task):
     """Parameters of a task alone."""
     parts = [module for name, module in model.named_children() if name != "trunk"]
     return [p for part in parts for p in part[task].parameters()]
@@ -77,14 +77,11 @@ def test_soft_sharing_predictions_are_raw(kind):
 def test_soft_sharing_parameters_at_full_width():
     with torch.device("meta"):
         counts = {kind: parameter_counts(make(TASKS)) for kind, make in NETWORKS.items()}
-    trunk, heads = (
-        23_508_032,
-        {"segmentation": 16_128_781, "depth": 16_125_697, "normal": 16_126_211},
-    )
+    trunk = 23_508_032
+    heads = {"segmentation": 16_128_781, "depth": 16_125_697, "normal": 16_126_211}
     assert counts["Cross-stitch"] == {"shared": 3 * trunk + 36} | heads
-    assert counts["MMoE"] == {"shared": 3 * trunk} | {
-        task: n + 3 * 193 for task, n in heads.items()
-    }
+    with_gates = {task: n + 3 * 193 for task, n in heads.items()}
+    assert counts["MMoE"] == {"shared": 3 * trunk} | with_gates
     masks, blocks, channels = 0, 0, [256, 512, 1024, 2048]
     for j, c in enumerate(channels):
         seen, hidden = c if j == 0 else 2 * c, c // 4
@@ -92,18 +89,15 @@ def test_soft_sharing_parameters_at_full_width():
     for a, b in zip(channels[:-1], channels[1:], strict=True):
         h = b // 4
         blocks += a * h + 9 * h * h + h * b + 2 * (h + h + b) + a * b + 2 * b
-    assert counts["MTAN"] == {"shared": trunk + blocks} | {
-        task: n + masks for task, n in heads.items()
-    }
+    with_masks = {task: n + masks for task, n in heads.items()}
+    assert counts["MTAN"] == {"shared": trunk + blocks} | with_masks
     assert (blocks, masks) == (7_931_392, 4_175_936)
 
 
 @each_network
 def test_soft_sharing_backbones_take_torchvisions_names(kind):
-    model, state = (
-        network(kind),
-        resnet50_dilated(4).state_dict() | {"fc.weight": torch.zeros(1000, 128)},
-    )
+    model = network(kind)
+    state = resnet50_dilated(4).state_dict() | {"fc.weight": torch.zeros(1000, 128)}
     assert len(model.backbones) == {"MTAN": 1, "Cross-stitch": 3, "MMoE": 3}[kind]
     inside = {id(p) for p in model.trunk.parameters()}
     for backbone in model.backbones:
@@ -154,9 +148,8 @@ def test_mtan_masks_are_one_set_a_task():
         p.add_(0.5)
     after = model(images)
     assert float((before["segmentation"] - after["segmentation"]).abs().max()) > 1e-3
-    assert_close(
-        [before["depth"], before["normal"]], [after["depth"], after["normal"]], rtol=0, atol=0
-    )
+    for task in ("depth", "normal"):
+        assert_close(before[task], after[task], rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -173,14 +166,13 @@ def test_cross_stitch_that_mixes_nothing_is_a_network_a_task():
 def test_cross_stitch_mixes_as_its_units_say():
     model, images = network("Cross-stitch").eval(), pictures()
     model.trunk.units.copy_(torch.randn(4, 3, 3, generator=torch.Generator().manual_seed(3)))
-    found = model.trunk(images)
+    features = model.trunk(images)
     x = torch.stack([net.stem(images) for net in model.backbones])
     for j in range(4):
-        x = torch.stack(
-            [getattr(net, f"layer{j + 1}")(z) for net, z in zip(model.backbones, x, strict=True)]
-        )
+        pairs = zip(model.backbones, x, strict=True)
+        x = torch.stack([getattr(net, f"layer{j + 1}")(z) for net, z in pairs])
         x = torch.einsum("ts,sbchw->tbchw", model.trunk.units[j], x)
-    assert_close(torch.stack(found), x, rtol=1e-4, atol=1e-4)
+    assert_close(torch.stack(features), x, rtol=1e-4, atol=1e-4)
     assert float(x.std()) > 0.01
 
 
@@ -189,7 +181,7 @@ def test_cross_stitch_starting_values():
     assert_close(two.detach(), torch.tensor([[0.9, 0.1], [0.1, 0.9]]).expand(4, 2, 2))
     three = network("Cross-stitch", own=1 / 3).trunk.units
     assert_close(three.detach(), torch.full((4, 3, 3), 1 / 3))
-    with pytest.raises(ValueError, match=r"own=-0.1"):
+    with pytest.raises(ValueError, match="own must be .* at most 1, got -0.1"):
         network("Cross-stitch", own=-0.1)
 
 
@@ -203,45 +195,26 @@ def test_mmoe_mixes_experts_image_by_image():
         score = F.adaptive_avg_pool2d(images, 8).reshape(3, -1) @ gate[2].weight.T + gate[2].bias
         share = score.exp() / score.exp().sum(1, keepdim=True)
         assert float((share[0] - share[1]).abs().max()) > 0.01
-        each = [
-            sum(share[b, e] * net(images[b : b + 1]) for e, net in enumerate(model.backbones))
-            for b in range(3)
-        ]
-        head = F.interpolate(
-            model.heads[task](torch.cat(each)), (40, 48), mode="bilinear", align_corners=True
-        )
-        assert_close(outputs[task], head, rtol=1e-4, atol=1e-4)
+        mixed = []
+        for b in range(3):
+            experts = [net(images[b : b + 1]) for net in model.backbones]
+            mixed.append(sum(share[b, e] * x for e, x in enumerate(experts)))
+        small = model.heads[task](torch.cat(mixed))
+        prediction = F.interpolate(small, (40, 48), mode="bilinear", align_corners=True)
+        assert_close(outputs[task], prediction, rtol=1e-4, atol=1e-4)
 
 
 @each_network
-def test_soft_sharing_gradient_is_the_slope_of_the_loss(kind):
+def test_soft_sharing_gradient_is_the_slope_of_the_loss(slope_and_gradient, kind):
     """Along a random direction in all parameters: nothing is detached on the way."""
     images = pictures(36, 48).double()
     model = network(kind).double().eval()
-    parameters, draw = list(model.parameters()), torch.Generator().manual_seed(5)
-    way = [
-        torch.randn(p.shape, generator=draw, dtype=p.dtype) * p.detach().abs().mean()
-        for p in parameters
-    ]
-
-    def loss():
-        return sum(y.square().mean() for y in model(images).values())
-
-    expected = sum(
-        float((g * d).sum())
-        for g, d in zip(torch.autograd.grad(loss(), parameters), way, strict=True)
-    )
-    values, step = [], 1e-9  # smaller than the distance to the next kink of a maximum
-    with torch.no_grad():
-        for factor in (step, -2 * step):
-            for p, d in zip(parameters, way, strict=True):
-                p.add_(d, alpha=factor)
-            values.append(float(loss()))
-    assert (values[0] - values[1]) / (2 * step) == pytest.approx(expected, rel=1e-4)
+    slope, expected = slope_and_gradient(model, images)
+    assert slope == pytest.approx(expected, rel=1e-4)
 
 
 def test_mmoe_needs_an_expert():
-    with pytest.raises(ValueError, match="experts=0"):
+    with pytest.raises(ValueError, match="experts must be a whole number from 1, got 0"):
         network("MMoE", experts=0)
 
 
@@ -254,10 +227,9 @@ def test_soft_sharing_trunk_is_what_several_losses_reach_and_nothing_else_is(kin
     model = network(kind)
     reach = {name: 0 for name, _ in model.named_parameters()}
     for loss in losses_of(model, pictures(64, 64)).values():
-        found = torch.autograd.grad(
-            loss, list(model.parameters()), retain_graph=True, allow_unused=True
-        )
-        for name, g in zip(reach, found, strict=True):
+        parameters = list(model.parameters())
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for name, g in zip(reach, gradients, strict=True):
             reach[name] += g is not None and bool(g.any())
     assert {n for name, n in reach.items() if name.startswith("trunk.")} == {3}
     assert {n for name, n in reach.items() if not name.startswith("trunk.")} == {1}
@@ -265,7 +237,7 @@ def test_soft_sharing_trunk_is_what_several_losses_reach_and_nothing_else_is(kin
 
 @each_network
 def test_soft_sharing_under_dbmtl_equals_the_algorithm_by_hand(kind):
-    """Two steps with the moving average: trunk balanced, everything else the gradient of its own log-loss."""
+    """Two steps with the moving average: trunk balanced, the rest gets its own log-loss."""
     model = network(kind)
     shared, average = list(model.trunk.parameters()), [0.0, 0.0, 0.0]
     balancer = DBMTL(shared=model.trunk, num_tasks=3, beta=0.5, beta_decay=0.5)
@@ -276,32 +248,23 @@ def test_soft_sharing_under_dbmtl_equals_the_algorithm_by_hand(kind):
         average = [beta * a + (1 - beta) * g for a, g in zip(average, rows, strict=True)]
         lengths = [float(a.norm()) for a in average]
         expected = max(lengths) * sum(a / (n + 1e-8) for a, n in zip(average, lengths, strict=True))
-        own = [own_parts(model, task) for task in TASKS]
-        alone = [
-            torch.autograd.grad(log, mine, retain_graph=True)
-            for log, mine in zip(logs, own, strict=True)
-        ]
+        of_task = [parameters_of(model, task) for task in TASKS]
+        pairs = zip(logs, of_task, strict=True)
+        alone = [flat(torch.autograd.grad(log, ps, retain_graph=True)) for log, ps in pairs]
         model.zero_grad()
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a forgotten layer would warn
             balancer.backward(losses)
-        got = flat(p.grad for p in shared)
-        assert float((got - expected).norm() / expected.norm()) < 1e-4
-        for mine, gradients in zip(own, alone, strict=True):
-            assert (
-                float(
-                    (flat(p.grad for p in mine) - flat(gradients)).norm() / flat(gradients).norm()
-                )
-                < 1e-4
-            )
+        direction = flat(p.grad for p in shared)
+        assert float((direction - expected).norm() / expected.norm()) < 1e-4
+        for parameters, gradient in zip(of_task, alone, strict=True):
+            difference = flat(p.grad for p in parameters) - gradient
+            assert float(difference.norm() / gradient.norm()) < 1e-4
     text, counts = balancer.describe(), parameter_counts(model)
     assert f"{counts['shared']:,} parameters" in text.splitlines()[1] and "alone" not in text
     for task in TASKS:
-        line = next(
-            line
-            for line in text.splitlines()
-            if line.startswith(f"outside shared, reached by {task}:")
-        )
+        head = f"outside shared, reached by {task}:"
+        line = next(line for line in text.splitlines() if line.startswith(head))
         assert f"{counts[task]:,} parameters" in line
 
 
@@ -309,9 +272,8 @@ def test_mtan_attention_is_never_without_gradient():
     """What went wrong elsewhere: masks whose gradient every gradient-balancing method cleared."""
     for method in ("DB-MTL", "MGDA", "CAGrad", "EW"):
         model = network("MTAN")
-        make_balancer(method, shared=model.trunk, num_tasks=3).backward(
-            losses_of(model, pictures(64, 64))
-        )
+        balancer = make_balancer(method, shared=model.trunk, num_tasks=3)
+        balancer.backward(losses_of(model, pictures(64, 64)))
         for task in TASKS:
             for j, mask in enumerate(model.attention[task].masks):
                 assert mask[3].weight.grad.abs().sum() > 0, (method, task, j)
@@ -335,25 +297,23 @@ def test_soft_sharing_under_other_methods(kind, method):
 @pytest.mark.parametrize("method", ["MGDA-UB", "IMTL-G-features"])
 def test_mmoe_works_at_feature_level(method):
     model = network("MMoE")
-    with trunk_features(model, list(TASKS)) as found:
+    with trunk_features(model, list(TASKS)) as features:
         losses = losses_of(model, pictures())
-    make_balancer(method, shared=model.trunk, num_tasks=3).backward(losses, features=found[0])
+    make_balancer(method, shared=model.trunk, num_tasks=3).backward(losses, features=features[0])
     assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("kind", ["MTAN", "Cross-stitch"])
 def test_soft_sharing_with_several_features_is_refused_at_feature_level(kind):
     model = network(kind)
-    with (
-        pytest.raises(TypeError, match="returns list.*one tensor"),
-        trunk_features(model, list(TASKS)),
-    ):
+    message, tasks = "returns list.*one tensor", list(TASKS)
+    with pytest.raises(TypeError, match=message), trunk_features(model, tasks):
         model(pictures())
 
 
 @each_network
 def test_soft_sharing_update_does_not_depend_on_the_units_of_losses(kind):
-    """DB-MTL's direction in the trunk stays when one loss is given in thousandths; that of EW does not."""
+    """DB-MTL's direction stays when one loss is given in thousandths; that of EW does not."""
     model, images = network(kind).eval(), pictures()
 
     def direction(factor, method, **hyper):
@@ -361,13 +321,14 @@ def test_soft_sharing_update_does_not_depend_on_the_units_of_losses(kind):
         losses["depth"] = factor * losses["depth"]
         model.zero_grad()
         make_balancer(method, shared=model.trunk, num_tasks=3, **hyper).backward(losses)
-        found = flat(p.grad for p in model.trunk.parameters())
-        return found / found.norm()
+        gradient = flat(p.grad for p in model.trunk.parameters())
+        return gradient / gradient.norm()
 
-    assert (
-        float(direction(1, "DB-MTL", eps=1e-12) @ direction(1000, "DB-MTL", eps=1e-12)) > 1 - 1e-4
-    )
-    assert float(direction(1, "EW") @ direction(1000, "EW")) < 0.9
+    def cosine(method, **hyper):
+        return float(direction(1, method, **hyper) @ direction(1000, method, **hyper))
+
+    assert cosine("DB-MTL", eps=1e-12) > 1 - 1e-4
+    assert cosine("EW") < 0.9
 
 
 @each_network
@@ -387,7 +348,5 @@ def test_soft_sharing_learns_all_tasks_at_once(kind):
         optimizer.step()
         optimizer.zero_grad()
         losses.append([float(loss.detach()) for loss in step])
-    assert all(last < 0.95 * first for first, last in zip(losses[0], losses[-1], strict=True)), (
-        losses[0],
-        losses[-1],
-    )
+    pairs = list(zip(losses[0], losses[-1], strict=True))
+    assert all(last < 0.95 * first for first, last in pairs), pairs
