@@ -42,9 +42,11 @@ from .loss_balancing.gls import GLS
 from .loss_balancing.igb import IGBv2
 from .loss_balancing.imtl_l import IMTLL
 from .loss_balancing.log import Identity, Log
+from .loss_balancing.ls import LS
 from .loss_balancing.rlw import RLW
 from .loss_balancing.stch import STCH
 from .loss_balancing.uw import UW
+from .loss_balancing.uw_so import UWSO
 
 # %% ../nbs/05_registry.ipynb #95eaf510
 class Point(NamedTuple):
@@ -99,6 +101,8 @@ _PAPER = {
 
 # %% ../nbs/05_registry.ipynb #88d18992
 _NEWER = {
+    "LS": Point(LS),
+    "UW-SO": Point(UWSO),
     "FAMO": Point(FAMO),
     "STCH": Point(STCH),
     "FairGrad": Point(aggregator=FairGrad),

@@ -29,7 +29,7 @@ FULL = [
     "data/test_image_store.py::test_image_store_killed_build_leaves_no_store",
     "data/test_image_store.py::test_image_store_two_processes_build_once",
     "data/test_scenes.py::test_a_scene_does_not_depend_on_how_many_there_are",
-    "data/test_scenes.py::test_first_hit_is_that_of_a_slow_march_along_the_ray",
+    "data/test_raycast.py::test_first_hit_is_that_of_a_slow_march_along_the_ray",
     "data/test_scenes.py::test_rooms_can_be_learned_and_are_not_trivial",
     "data/test_scenes.py::test_streets_can_be_learned_and_are_not_trivial",
     "experiments/test_cluster.py",

@@ -318,6 +318,7 @@ def test_every_method_tells_its_hyper_parameters(name):
 
 
 OTHERS = {
+    "weights": [0.5, 2.0, 1.0],
     "order": "fixed",
     "reduction": "mean",
     "normalize": "l2",
@@ -392,6 +393,8 @@ def test_tasks_may_come_in_any_order(name):
 # 1000: "nothing"; "length", of the shared gradient alone; or its "direction" changes.
 SCALE = {
     "EW": "direction",
+    "LS": "direction",
+    "UW-SO": "direction",
     "GLS": "length",
     "RLW": "direction",
     "UW": "direction",
@@ -843,6 +846,8 @@ AGENT = 4 * 17_537 + 17_798 + 2 * (2 * 17_537 + 17_798)
 # backward passes of the trunk, what the heads get, and numbers kept, for 3 tasks
 ANATOMY = {
     "EW": (1, LOSSES, 0),
+    "LS": (1, LOSSES, 0),
+    "UW-SO": (1, LOSSES, 0),
     "GLS": (1, LOSSES, 0),
     "RLW": (1, LOSSES, 3),
     "UW": (1, LOSSES, 3),
