@@ -90,8 +90,8 @@ def use_style() -> None:
 # %% ../../nbs/11_report/01_style.ipynb #116afda8
 FAMILIES = {
     "#606060": ["STL"],
-    "#000000": ["EW", "GLS", "RLW"],
-    "#0072B2": ["UW", "DWA", "IMTL-L", "IGBv2", "loss-only"],
+    "#000000": ["EW", "GLS", "RLW", "LS"],
+    "#0072B2": ["UW", "DWA", "IMTL-L", "IGBv2", "loss-only", "UW-SO"],
     "#CC79A7": ["GradNorm", "MetaBalance", "MTAdam", "gradient-only"],
     "#009E73": [
         "MGDA",
@@ -113,7 +113,6 @@ MARKERS = "os^vDPX<>hpd"  # by position in the family; the star is DB-MTL's
 ALIASES = {
     "EW+log": "loss-only",
     "SI": "loss-only",
-    "LS": "EW",
     "IMTL(rep)": "IMTL",
     "MGDA(rep)": "MGDA",
     "loss only": "loss-only",

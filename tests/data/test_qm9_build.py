@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import zipfile
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 
 from dbmtl.core.files import data_folder
 from dbmtl.data import qm9_build
-from dbmtl.data.qm9 import check_file, decode, files, paper_split, unpack_integers
+from dbmtl.data.qm9 import check_file, decode, paper_split, unpack_integers
 from dbmtl.data.qm9_build import (
     COLUMNS,
     Record,
