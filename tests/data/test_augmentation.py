@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from dbmtl.benchmarks.base import Benchmark, Data, Scale
 from dbmtl.benchmarks.dense_prediction import angle_degrees, dense_floors, dense_tasks, depth_loss
 from dbmtl.data.augmentation import DenseSplit, random_crop_scale, random_flip
-from dbmtl.experiments.loop import Loop, load_loop_state, loop_state
+from dbmtl.experiments.train import Loop, load_loop_state, loop_state
 
 
 def gen(seed=0):
@@ -53,11 +53,13 @@ def test_each_sample_is_a_slice_resized(size, scales):
     source, drawn = draws(8, size, scales, 5)
     for b in range(8):
         s = min(scales, key=lambda s: abs(s - float(drawn[b])))
-        h, w = int(size[0] / s), int(size[1] / s)
+        h = int(size[0] / s)
+        w = int(size[1] / s)
         i, j = divmod(int(source[b, 0, 0]), size[1])
         assert 0 <= i <= size[0] - h and 0 <= j <= size[1] - w
         crop = {name: x[b : b + 1, ..., i : i + h, j : j + w] for name, x in batch.items()}
-        rows, columns = np.arange(size[0]) * h // size[0], np.arange(size[1]) * w // size[1]
+        rows = np.arange(size[0]) * h // size[0]
+        columns = np.arange(size[1]) * w // size[1]
         for name in ("label", "depth", "normal"):
             chosen = crop[name].numpy()[..., rows[:, None], columns[None, :]][0]
             if name == "depth":
@@ -99,7 +101,8 @@ def test_nothing_is_blended_but_colors():
     assert set(crop["label"].unique().tolist()) <= {0, 2, 6, 255}
     assert crop["label"].dtype == torch.uint8
     for b in range(4):
-        depths, normals = batch["depth"][b].flatten(), batch["normal"][b].flatten(1).T
+        depths = batch["depth"][b].flatten()
+        normals = batch["normal"][b].flatten(1).T
         back = crop["depth"][b].flatten() * scale[b]
         assert (back[:, None] - depths[None]).abs().min(1).values.max() < 1e-5
         chosen = crop["normal"][b].flatten(1).T
@@ -201,7 +204,11 @@ def test_flip_reverses_rows_and_the_normals_x():
     sign = torch.tensor([-1.0, 1, 1]).view(3, 1, 1)
     for b in range(50):
         for name, x in batch.items():
-            expected = x[b] if not flipped[b] else x[b].flip(-1) * (sign if name == "normal" else 1)
+            expected = x[b]
+            if flipped[b]:
+                expected = expected.flip(-1)
+                if name == "normal":
+                    expected = expected * sign
             assert torch.equal(result[name][b], expected)
 
 
@@ -230,7 +237,8 @@ def test_the_batch_that_came_in_is_left_alone(change):
 
 @pytest.mark.parametrize("change", [random_crop_scale, random_flip])
 def test_the_global_generator_is_used_unless_one_is_given(change):
-    batch, state = some_batch(), torch.get_rng_state()
+    batch = some_batch()
+    state = torch.get_rng_state()
     change(batch, generator=gen())
     assert torch.equal(torch.get_rng_state(), state)
     first = change(batch)
@@ -330,7 +338,8 @@ def test_split_on_a_mapped_file_equals_the_split_in_memory(tmp_path, augment):
 
 def test_augmented_split_crops_then_flips_with_the_global_generator():
     arrays = store_arrays()
-    plain, split = DenseSplit(arrays, 0.001), DenseSplit(arrays, 0.001, augment=True)
+    plain = DenseSplit(arrays, 0.001)
+    split = DenseSplit(arrays, 0.001, augment=True)
     torch.manual_seed(3)
     images, targets = split.batch(torch.arange(9))
     whole, truth = plain.batch(torch.arange(9))
@@ -418,8 +427,10 @@ def test_moving_a_split_keeps_what_it_is():
 
 
 def test_floors_ignore_the_augmentation_of_the_training_split():
-    arrays, tasks = store_arrays(), dense_tasks()
-    plain, split = DenseSplit(arrays, 0.001), DenseSplit(arrays, 0.001, augment=True)
+    arrays = store_arrays()
+    tasks = dense_tasks()
+    plain = DenseSplit(arrays, 0.001)
+    split = DenseSplit(arrays, 0.001, augment=True)
     state = torch.get_rng_state()
     assert dense_floors(tasks, split, plain) == dense_floors(tasks, plain, plain)
     assert split.augment and torch.equal(torch.get_rng_state(), state)
@@ -427,12 +438,14 @@ def test_floors_ignore_the_augmentation_of_the_training_split():
 
 def test_a_resumed_loop_sees_the_same_crops():
     """The loop stores the device's global random state: augmentation needs nothing else."""
-    arrays, tasks = store_arrays(), dense_tasks(["depth"])
+    arrays = store_arrays()
+    tasks = dense_tasks(["depth"])
 
     class Network(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.trunk, self.head = torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Conv2d(4, 1, 1)
+            self.trunk = torch.nn.Conv2d(3, 4, 3, padding=1)
+            self.head = torch.nn.Conv2d(4, 1, 1)
 
         def forward(self, images):
             return {"depth": self.head(self.trunk(images).relu())}
@@ -461,7 +474,8 @@ def test_a_resumed_loop_sees_the_same_crops():
     loop = Loop(bench, data, tasks, "EW", 0, scale)
     steps(loop, 2)
 
-    state, random = copy.deepcopy(loop_state(loop)), torch.get_rng_state()
+    state = copy.deepcopy(loop_state(loop))
+    random = torch.get_rng_state()
     rest = steps(loop, 3)
     other = Loop(bench, data, tasks, "EW", 1, scale)
     load_loop_state(other, state)

@@ -116,7 +116,8 @@ def test_cityscapes_label_ids_follow_the_published_table():
 
 
 def test_cityscapes_both_layouts_give_the_same_arrays(official, mtan):
-    one, other = prepare_cityscapes(official, SIZE), prepare_cityscapes(mtan, SIZE)
+    one = prepare_cityscapes(official, SIZE)
+    other = prepare_cityscapes(mtan, SIZE)
     for part, name in (("train", "train"), ("test", "val")):
         assert len(one[part]) == len(KEYS[name])
         assert_equal(one[part].arrays, other[part].arrays)
@@ -133,7 +134,8 @@ def test_cityscapes_resizing_blends_colors_but_neither_labels_nor_depths(officia
     (_, ids, disparity), size = samples()["train"][1], (4, 8)
     for folder in (official, mtan):
         store = prepare_cityscapes(folder, size)["train"]
-        label, depth = store.arrays["label"][1].numpy(), store.arrays["depth"][1].numpy()
+        label = store.arrays["label"][1].numpy()
+        depth = store.arrays["depth"][1].numpy()
         for y in range(4):
             for x in range(8):
                 square = np.s_[2 * y : 2 * y + 2, 2 * x : 2 * x + 2]

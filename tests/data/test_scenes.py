@@ -109,7 +109,8 @@ def test_a_scene_does_not_depend_on_how_many_there_are(make, size):
 
 def test_global_seeds_do_not_matter_and_are_left_alone():
     torch.manual_seed(0)
-    first, state = rooms(1, (8, 12)), torch.get_rng_state()
+    first = rooms(1, (8, 12))
+    state = torch.get_rng_state()
     torch.manual_seed(1)
     assert torch.equal(rooms(1, (8, 12))["image"], first["image"])
     torch.manual_seed(0)
@@ -164,7 +165,8 @@ def test_differences_of_depth_show_the_normal():
     wide = camera(*pose, size).slope
     v, u = torch.meshgrid(*(2 * (torch.arange(n) + 0.5) / n - 1 for n in size), indexing="ij")
     rays = torch.stack([u * wide, v * wide * size[0] / size[1], torch.ones(size)])
-    points, normal = (rays * seen["depth"][0]).double(), seen["normal"][0].double()
+    points = (rays * seen["depth"][0]).double()
+    normal = seen["normal"][0].double()
     across = points[:, :-1, 1:] - points[:, :-1, :-1]
     down = points[:, 1:, :-1] - points[:, :-1, :-1]
     crossed = torch.nn.functional.normalize(torch.linalg.cross(down, across, dim=0), dim=0)
@@ -217,7 +219,8 @@ class Small(torch.nn.Module):
             convolution = torch.nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation)
             return torch.nn.Sequential(convolution, torch.nn.BatchNorm2d(outputs), torch.nn.ReLU())
 
-        self.first, self.second = layer(5, width), layer(width, 2 * width)
+        self.first = layer(5, width)
+        self.second = layer(width, 2 * width)
         self.wide = torch.nn.Sequential(
             layer(2 * width, 2 * width, 2), layer(2 * width, 2 * width, 4)
         )
@@ -263,7 +266,8 @@ def test_rooms_can_be_learned_and_are_not_trivial(many):
     error = (distance[:, 0] + 2.5 - depth[200:])[valid].abs().mean().item()
     floor = (depth[200:][valid] - measured.mean()).abs().mean().item()
     assert 0.1 * floor < error < 0.85 * floor, (floor, error)
-    error, floor = angle(direction), angle(normal[:200].mean((0, 2, 3))[None, :, None, None])
+    error = angle(direction)
+    floor = angle(normal[:200].mean((0, 2, 3))[None, :, None, None])
     assert 0.1 * floor < error < 0.8 * floor, (floor, error)
 
 
@@ -272,14 +276,16 @@ def test_color_alone_does_not_tell_the_class(many):
     judged = many["label"] != 255
     image = many["image"].movedim(1, -1)[judged].long() // 32
     table = torch.zeros(512, 13)
-    color, truth = image @ torch.tensor([64, 8, 1]), many["label"][judged].long()
+    color = image @ torch.tensor([64, 8, 1])
+    truth = many["label"][judged].long()
     table.index_put_((color, truth), torch.ones(len(image)), accumulate=True)
     recall = [(table.argmax(1)[color] == c)[truth == c].float().mean().item() for c in range(13)]
     assert np.mean(recall) < 0.35, recall
 
 
 def test_streets_can_be_learned_and_are_not_trivial(roads):
-    x, new = features(roads["image"][:45]), features(roads["image"][45:])
+    x = features(roads["image"][:45])
+    new = features(roads["image"][45:])
     label, truth = roads["label"][:45], roads["label"][45:]
     labelled, judged = label != 255, truth != 255
     one_hot = torch.nn.functional.one_hot(label[labelled].long(), 7).float()
@@ -288,7 +294,8 @@ def test_streets_can_be_learned_and_are_not_trivial(roads):
     most = label[labelled].long().bincount().argmax()
     majority = (truth[judged] == most).float().mean().item()
     assert majority + 0.2 < right < 0.97, (majority, right)
-    depth, truth = roads["depth"][:45].float(), roads["depth"][45:].float()
+    depth = roads["depth"][:45].float()
+    truth = roads["depth"][45:].float()
     measured, judged = depth > 0, truth > 0
     predicted = (new @ ridge(x[measured], depth[measured][:, None] / 1e4))[..., 0] * 1e4
     error = (predicted - truth)[judged].abs().mean().item()
@@ -330,8 +337,10 @@ def test_office_classes_have_as_many_lobes_as_they_say():
     right = []
     for image, label in zip(images.float(), labels.tolist(), strict=True):
         mask = (image.min(0).values < 215).double()
-        y, x = v - (mask * v).sum() / mask.sum(), u - (mask * u).sum() / mask.sum()
-        angle, waves = torch.atan2(y, x), torch.arange(2, 9).double()
+        y = v - (mask * v).sum() / mask.sum()
+        x = u - (mask * u).sum() / mask.sum()
+        angle = torch.atan2(y, x)
+        waves = torch.arange(2, 9).double()
         power = [
             ((mask * torch.exp(1j * k * angle)).sum().abs() / mask.sum()).item() for k in waves
         ]

@@ -55,7 +55,8 @@ class ByHand:
     def norm(self, x, name):
         mean, var = self.state[f"{name}.running_mean"], self.state[f"{name}.running_var"]
         if self.training:
-            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+            mean = x.mean((0, 2, 3))
+            var = x.var((0, 2, 3), unbiased=False)
         scale = self.state[f"{name}.weight"] / (var + 1e-5).sqrt()
         bias = self.state[f"{name}.bias"]
         return (x - mean[:, None, None]) * scale[:, None, None] + bias[:, None, None]
@@ -89,7 +90,8 @@ def slope_and_gradient():
     """The slope of a loss along a random direction in all parameters, and what gradients say."""
 
     def slope_and_gradient(model, images):
-        parameters, draw = list(model.parameters()), torch.Generator().manual_seed(5)
+        parameters = list(model.parameters())
+        draw = torch.Generator().manual_seed(5)
         direction = []
         for p in parameters:
             random = torch.randn(p.shape, generator=draw, dtype=p.dtype)

@@ -34,7 +34,8 @@ def test_deeplab_aspp_head_drops_half_in_training_and_nothing_in_evaluation():
     drops = [m for m in ASPPHead(6, 5, 4).modules() if isinstance(m, torch.nn.Dropout)]
     assert [m.p for m in drops] == [0.5]
     torch.manual_seed(0)
-    head, x = ASPPHead(6, 5, 64), torch.rand(2, 6, 9, 9, generator=torch.Generator().manual_seed(2))
+    head = ASPPHead(6, 5, 64)
+    x = torch.rand(2, 6, 9, 9, generator=torch.Generator().manual_seed(2))
     assert not torch.equal(head(x), head(x))
     zeros = (head.project(torch.rand(2, 320, 9, 9)) == 0).float().mean()
     assert 0.7 < zeros < 0.8  # a relu before it takes a half already
@@ -56,7 +57,8 @@ def test_deeplab_head_sizes_are_the_published_ones(outputs, numbers):
 
 def test_deeplab_full_size_shapes():
     with torch.device("meta"):
-        network, x = DeepLab(TASKS), torch.empty(8, 3, 288, 384)
+        network = DeepLab(TASKS)
+        x = torch.empty(8, 3, 288, 384)
         assert network.trunk(x).shape == (8, 2048, 36, 48)
         shapes = {task: tuple(p.shape) for task, p in network(x).items()}
     assert shapes == {task: (8, outputs, 288, 384) for task, outputs in TASKS.items()}

@@ -70,7 +70,8 @@ def without(state, name):
     ],
 )
 def test_weights_that_do_not_fit_are_named(change, message):
-    trunk, state = resnet18_trunk(2), resnet18_trunk(2).state_dict()
+    trunk = resnet18_trunk(2)
+    state = resnet18_trunk(2).state_dict()
     assert list(trunk_state(state, trunk)) == list(state)
     with pytest.raises(ValueError) as error:
         trunk_state(change(state), trunk)

@@ -15,8 +15,7 @@ from torch.testing import assert_close
 
 from dbmtl import make_balancer
 from dbmtl.benchmarks.base import get_benchmark
-from dbmtl.experiments.loop import Loop
-from dbmtl.experiments.step import evaluate
+from dbmtl.experiments.train import Loop, evaluate
 from dbmtl.models.deeplab import DeepLab
 from dbmtl.models.precision import Rewound, checkpointed, efficient, half_precision, map_tensors
 
@@ -89,8 +88,10 @@ def train(model, method="DB-MTL", scaler=None, steps=5, grads="loop", multi_inpu
         losses = losses_of(model, step, multi_input=multi_input)
         hook.remove()
         assert len(z) == (len(losses) if multi_input else 1) and all(torch.is_tensor(x) for x in z)
-        more = {"features": z if multi_input else z[0]} if balancer.level == "features" else {}
-        balancer.backward(losses, scaler=scaler, **more)
+        features = None
+        if balancer.level == "features":
+            features = z if multi_input else z[0]
+        balancer.backward(losses, scaler=scaler, features=features)
         if scaler is None:
             optimizer.step()
         else:
@@ -128,7 +129,8 @@ def test_bf16_equals_float32_to_its_precision(method):
 @pytest.mark.parametrize("scale", [2.0**4, 2.0**10])
 @pytest.mark.parametrize("method", [*METHODS, "IMTL-L", "MGDA-UB", "MoCo"])
 def test_fp16_with_a_scaler_equals_float32_to_its_precision(method, scale):
-    reference, scaler = train(net(), method), GradScaler("cpu", scale)
+    reference = train(net(), method)
+    scaler = GradScaler("cpu", scale)
     assert 1e-6 < difference(train(net(precision="fp16"), method, scaler), reference) < 0.006
     assert scaler.get_scale() == scale  # no step was left out
 
@@ -199,7 +201,8 @@ def test_float64_predictions_are_not_lowered():
 @pytest.mark.parametrize("grads", ["loop", "split"])
 @pytest.mark.parametrize("method", [*METHODS, "MGDA-UB", "GradDrop"])
 def test_checkpointing_is_exact_with_dropout_and_batch_norm(method, grads, dtype):
-    plain, ours = net(dtype, dropout=0.4), net(dtype, dropout=0.4, checkpoint=True)
+    plain = net(dtype, dropout=0.4)
+    ours = net(dtype, dropout=0.4, checkpoint=True)
     for model in (plain, ours):
         model.trunk[5].momentum = None  # the mean of all batches: it depends on their number
     expected = train(plain, method, grads=grads)
@@ -329,7 +332,8 @@ def test_a_checkpointed_trunk_keeps_its_input_alone():
 
 
 def test_checkpointed_takes_any_module():
-    layer, x = nn.Linear(2, 3), torch.ones(1, 2, requires_grad=True)
+    layer = nn.Linear(2, 3)
+    x = torch.ones(1, 2, requires_grad=True)
     assert_close(checkpointed(layer.forward, layer, x), layer(x))
     with torch.no_grad():
         assert not checkpointed(layer.forward, layer, x).requires_grad
@@ -360,7 +364,8 @@ def test_channels_last_equals_the_plain_run(method):
 
 
 def test_channels_last_weights_stay_so_when_a_state_is_loaded():
-    model, other = net(channels_last=True), net(seed=1)
+    model = net(channels_last=True)
+    other = net(seed=1)
     model.load_state_dict(other.state_dict())
     assert is_last(model.trunk[0].weight)
     assert_close(model(images_of(model, 0)), other(images_of(other, 0)), rtol=1e-4, atol=1e-5)
@@ -446,7 +451,9 @@ def test_networks_of_one_shape_are_compiled_once():
 @pytest.mark.parametrize("how", SWITCHES)
 def test_names_states_and_the_trunk_stay(how):
     model = Net()
-    trunk, names, parameters = model.trunk, list(model.state_dict()), list(model.parameters())
+    trunk = model.trunk
+    names = list(model.state_dict())
+    parameters = list(model.parameters())
     assert efficient(model, **SWITCHES[how]) is model and model.trunk is trunk
     assert list(model.state_dict()) == names
     assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))

@@ -38,7 +38,8 @@ def precise(molecules):
 def both(molecules, index, width, dtype):
     """Features and gradients of the two forms, from one state dictionary."""
     torch.manual_seed(1)
-    dense, reference = DenseTrunk(width).to(dtype), ReferenceTrunk(width).to(dtype)
+    dense = DenseTrunk(width).to(dtype)
+    reference = ReferenceTrunk(width).to(dtype)
     with torch.no_grad():
         dense.conv.bias.normal_()  # zero at the start, where an error would not show
     reference.load_state_dict(dense.state_dict())
@@ -71,7 +72,8 @@ def test_qm9_nnconv_dense_form_equals_torch_geometric(molecules, dtype, width, t
 
 def test_qm9_nnconv_parameter_count_and_names():
     pytest.importorskip("torch_geometric")
-    dense, reference = DenseTrunk(), ReferenceTrunk()
+    dense = DenseTrunk()
+    reference = ReferenceTrunk()
     assert sum(p.numel() for p in dense.parameters()) == 616_960
     shapes = [{n: p.shape for n, p in t.named_parameters()} for t in (dense, reference)]
     assert shapes[0] == shapes[1]
@@ -91,7 +93,8 @@ def test_qm9_nnconv_initial_weights_have_the_same_spread():
 
 
 def test_qm9_padding_and_company_change_nothing(molecules):
-    data, index = precise(molecules), draw(12)
+    data = precise(molecules)
+    index = draw(12)
     trunk = DenseTrunk(16).double()
     alone = torch.cat([trunk(dense_batch(data, i[None])) for i in index])
     fixed = choose_shapes(data.size[index], fixed_shapes(12))
@@ -126,7 +129,8 @@ def test_qm9_order_of_atoms_does_not_matter(molecules):
 
 
 def test_qm9_bonds_and_distances_matter(molecules):
-    one, zero = precise(molecules.select(draw(1))), torch.tensor([0])
+    one = precise(molecules.select(draw(1)))
+    zero = torch.tensor([0])
     trunk = DenseTrunk(16).double()
     same = trunk(dense_batch(one, zero))
     bonds = dataclasses.replace(one, pair_order=(one.pair_order > 0).to(torch.uint8) * 2)
@@ -137,7 +141,8 @@ def test_qm9_bonds_and_distances_matter(molecules):
 
 def test_qm9_dense_batch_agrees_with_the_edge_list(molecules):
     index = draw(9)
-    dense, graph = dense_batch(molecules, index, rows=9), graph_batch(molecules, index)
+    dense = dense_batch(molecules, index, rows=9)
+    graph = graph_batch(molecules, index)
     first = 0
     for row, m in enumerate(index.tolist()):
         n = int(molecules.size[m])
@@ -171,8 +176,11 @@ def test_qm9_batched_gradients_equal_the_loop(molecules, shapes):
 
 
 def test_qm9_recurrent_cells_equal_torch():
-    gru, lstm = torch.nn.GRU(5, 5).double(), torch.nn.LSTM(10, 5).double()
-    x, h, c = torch.randn(7, 10).double(), torch.randn(7, 5).double(), torch.randn(7, 5).double()
+    gru = torch.nn.GRU(5, 5).double()
+    lstm = torch.nn.LSTM(10, 5).double()
+    x = torch.randn(7, 10).double()
+    h = torch.randn(7, 5).double()
+    c = torch.randn(7, 5).double()
     assert_close(gru_cell(gru, x[:, :5], h), gru(x[None, :, :5], h[None])[0][0])
     out, (_, memory) = lstm(x[None], (h[None], c[None]))
     assert_close(lstm_cell(lstm, x, h, c), (out[0], memory[0]))
@@ -234,7 +242,8 @@ def trained(molecules, device, captured, steps=8):
 
 
 def test_qm9_captured_step_runs_eagerly_on_the_cpu(molecules):
-    eager, captured = trained(molecules, "cpu", False, 4), trained(molecules, "cpu", True, 4)
+    eager = trained(molecules, "cpu", False, 4)
+    captured = trained(molecules, "cpu", True, 4)
     assert_close(eager, captured, rtol=0, atol=0)
 
 
@@ -243,5 +252,6 @@ def test_qm9_whole_step_in_a_cuda_graph(molecules):
     """Forward, batched gradients, balancing and Adam: captured and replayed against run eagerly.
 
     Written on machines without CUDA: it has not run there."""
-    eager, captured = trained(molecules, "cuda", False), trained(molecules, "cuda", True)
+    eager = trained(molecules, "cuda", False)
+    captured = trained(molecules, "cuda", True)
     assert_close(eager, captured, rtol=1e-3, atol=1e-5)

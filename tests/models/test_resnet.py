@@ -55,7 +55,8 @@ def test_resnet_trunk_is_what_one_computes_by_hand(
     by_hand, scrambled, images, make, blocks, dilations, layers, training
 ):
     trunk = scrambled(make(4)).train(training)
-    hand, x = by_hand(trunk, training), images()
+    hand = by_hand(trunk, training)
+    x = images()
     assert_close(trunk(x), trunk_by_hand(hand, x, blocks, dilations, layers))
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from dbmtl import DBMTL, make_balancer
-from dbmtl.experiments.step import trunk_features
+from dbmtl.experiments.train import trunk_features
 from dbmtl.models.segnet import SegNet, SegNetTrunk, TaskAttention, parameter_counts, xavier_
 
 TASKS = {"segmentation": 13, "depth": 1, "normal": 3}
@@ -38,7 +38,8 @@ def settled(model, images):
 
 def losses_of(model, images):
     """Losses of very different sizes; a random target keeps their gradients from being alike."""
-    predictions, draw = model(images), torch.Generator().manual_seed(7)
+    predictions = model(images)
+    draw = torch.Generator().manual_seed(7)
     targets = {task: torch.randn(y.shape, generator=draw) for task, y in predictions.items()}
     sizes = {"segmentation": 0.01, "depth": 1, "normal": 100}
     return {task: sizes[task] * F.mse_loss(y, targets[task]) for task, y in predictions.items()}
@@ -88,7 +89,8 @@ def test_segnet_predictions_are_raw():
 
 def test_segnet_parameters_at_full_width_are_those_of_the_papers_code():
     with torch.device("meta"):
-        model, bare = SegNet(TASKS), SegNet(TASKS, attention=False)
+        model = SegNet(TASKS)
+        bare = SegNet(TASKS, attention=False)
     counts = parameter_counts(model)
     masks = {task: sum(p.numel() for p in model.attention[task].parameters()) for task in TASKS}
     assert set(masks.values()) == {2_984_576}
@@ -147,7 +149,8 @@ def unwindows(x):
 def test_segnet_trunk_is_pooling_and_unpooling_by_hand():
     """Each value of the decoder goes where the first largest of its window was; zeros elsewhere."""
     torch.manual_seed(0)
-    trunk, x = settled(xavier_(SegNetTrunk(4)), pictures(32, 64)), pictures(32, 64)
+    trunk = settled(xavier_(SegNetTrunk(4)), pictures(32, 64))
+    x = pictures(32, 64)
     places = []
     for level in trunk.encoder:
         x = level.rest(level.first(x))
@@ -293,7 +296,8 @@ def test_segnet_describe_draws_the_line():
     model = network()
     balancer = DBMTL(shared=model.trunk, num_tasks=3)
     balancer.backward(losses_of(model, pictures()))
-    counts, text = parameter_counts(model), balancer.describe()
+    counts = parameter_counts(model)
+    text = balancer.describe()
     assert f"{counts['shared']:,} parameters" in text.splitlines()[1]
     for task in TASKS:
         head = f"outside shared, reached by {task}:"
@@ -332,7 +336,8 @@ def test_segnet_under_other_methods(method):
 
 
 def test_segnet_at_feature_level_works_without_attention_and_is_refused_with_it():
-    tasks, images = list(TASKS), pictures()
+    tasks = list(TASKS)
+    images = pictures()
     plain = network(attention=False)
     with trunk_features(plain, tasks) as features:
         losses = losses_of(plain, images)
@@ -344,7 +349,8 @@ def test_segnet_at_feature_level_works_without_attention_and_is_refused_with_it(
 
 
 def test_segnet_learns_all_tasks_at_once():
-    model, images = network(), F.interpolate(pictures(4, 4, batch=4), 32)
+    model = network()
+    images = F.interpolate(pictures(4, 4, batch=4), 32)
     balancer, losses = DBMTL(shared=model.trunk, num_tasks=3), []
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     label = (images.mean(1) * 12.99).long()
@@ -364,7 +370,9 @@ def test_segnet_learns_all_tasks_at_once():
 
 
 def test_segnet_state_round_trip():
-    model, other, images = network(seed=0), network(seed=5), pictures()
+    model = network(seed=0)
+    other = network(seed=5)
+    images = pictures()
     settled(model, images)
     other.load_state_dict(model.state_dict())
     assert_close(model(images), other.eval()(images), rtol=0, atol=0)

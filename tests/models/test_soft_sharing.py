@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from dbmtl import DBMTL, make_balancer
-from dbmtl.experiments.step import trunk_features
+from dbmtl.experiments.train import trunk_features
 from dbmtl.models.deeplab import DeepLab
 from dbmtl.models.imagenet_weights import trunk_state
 from dbmtl.models.resnet import resnet50_dilated
@@ -32,7 +32,8 @@ def pictures(height=32, width=32, batch=2, seed=1):
 
 def losses_of(model, images):
     """Losses of very different sizes, with random targets."""
-    predictions, draw = model(images), torch.Generator().manual_seed(7)
+    predictions = model(images)
+    draw = torch.Generator().manual_seed(7)
     targets = {task: torch.randn(y.shape, generator=draw) for task, y in predictions.items()}
     sizes = {"segmentation": 0.01, "depth": 1, "normal": 100}
     return {task: sizes[task] * F.mse_loss(y, targets[task]) for task, y in predictions.items()}
@@ -110,7 +111,9 @@ def test_soft_sharing_backbones_take_torchvisions_names(kind):
 
 @torch.no_grad()
 def test_mtan_attention_follows_its_formula():
-    model, images, task = network("MTAN").eval(), pictures(44, 60), "depth"
+    model = network("MTAN").eval()
+    images = pictures(44, 60)
+    task = "depth"
     seen, said = [], []
     for mask in model.attention[task].masks:
         mask.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -140,7 +143,8 @@ def test_mtan_attention_follows_its_formula():
 @torch.no_grad()
 def test_mtan_masks_are_one_set_a_task():
     """No module is there twice, and a changed mask changes its own task's prediction alone."""
-    model, images = network("MTAN").eval(), pictures()
+    model = network("MTAN").eval()
+    images = pictures()
     masks = [id(p) for task in TASKS for p in model.attention[task].parameters()]
     assert len(set(masks)) == len(masks)
     before = model(images)
@@ -154,7 +158,8 @@ def test_mtan_masks_are_one_set_a_task():
 
 @torch.no_grad()
 def test_cross_stitch_that_mixes_nothing_is_a_network_a_task():
-    model, images = network("Cross-stitch", own=1.0).eval(), pictures()
+    model = network("Cross-stitch", own=1.0).eval()
+    images = pictures()
     for t, task in enumerate(TASKS):
         alone = DeepLab({task: TASKS[task]}, 4).eval()
         alone.trunk.load_state_dict(model.trunk.backbones[t].state_dict())
@@ -164,7 +169,8 @@ def test_cross_stitch_that_mixes_nothing_is_a_network_a_task():
 
 @torch.no_grad()
 def test_cross_stitch_mixes_as_its_units_say():
-    model, images = network("Cross-stitch").eval(), pictures()
+    model = network("Cross-stitch").eval()
+    images = pictures()
     model.trunk.units.copy_(torch.randn(4, 3, 3, generator=torch.Generator().manual_seed(3)))
     features = model.trunk(images)
     x = torch.stack([net.stem(images) for net in model.backbones])
@@ -187,7 +193,8 @@ def test_cross_stitch_starting_values():
 
 @torch.no_grad()
 def test_mmoe_mixes_experts_image_by_image():
-    model, images = network("MMoE", experts=2).eval(), pictures(40, 48, batch=3)
+    model = network("MMoE", experts=2).eval()
+    images = pictures(40, 48, batch=3)
     for gate in model.gates.values():
         gate[2].weight.mul_(5)  # so that the gates differ between images
     outputs = model(images)
@@ -260,7 +267,8 @@ def test_soft_sharing_under_dbmtl_equals_the_algorithm_by_hand(kind):
         for parameters, gradient in zip(of_task, alone, strict=True):
             difference = flat(p.grad for p in parameters) - gradient
             assert float(difference.norm() / gradient.norm()) < 1e-4
-    text, counts = balancer.describe(), parameter_counts(model)
+    text = balancer.describe()
+    counts = parameter_counts(model)
     assert f"{counts['shared']:,} parameters" in text.splitlines()[1] and "alone" not in text
     for task in TASKS:
         head = f"outside shared, reached by {task}:"
@@ -314,7 +322,8 @@ def test_soft_sharing_with_several_features_is_refused_at_feature_level(kind):
 @each_network
 def test_soft_sharing_update_does_not_depend_on_the_units_of_losses(kind):
     """DB-MTL's direction stays when one loss is given in thousandths; that of EW does not."""
-    model, images = network(kind).eval(), pictures()
+    model = network(kind).eval()
+    images = pictures()
 
     def direction(factor, method, **hyper):
         losses = losses_of(model, images)
@@ -333,7 +342,8 @@ def test_soft_sharing_update_does_not_depend_on_the_units_of_losses(kind):
 
 @each_network
 def test_soft_sharing_learns_all_tasks_at_once(kind):
-    model, images = network(kind), F.interpolate(pictures(4, 4, batch=4), 32)
+    model = network(kind)
+    images = F.interpolate(pictures(4, 4, batch=4), 32)
     for m in model.modules():
         if isinstance(m, nn.Dropout):
             m.p = 0.0
