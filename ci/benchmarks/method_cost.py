@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from dbmtl.benchmarks.base import get_benchmark
-from dbmtl.experiments.records import environment
 from dbmtl.experiments.loop import Loop
+from dbmtl.experiments.records import environment
 from dbmtl.profile import StepCost, cost_rounds, numbers_kept, step_clock
 from dbmtl.registry import method_names
 

@@ -134,10 +134,12 @@ def _check_mtan(item, image, label, normal):
         raise ValueError(
             f"image {list(image.shape)} and normal {list(normal.shape)} are not [H, W, 3]"
         )
-    low, high = image.min(), image.max()
+    low = image.min()
+    high = image.max()
     if low < -0.5 or high > 1.5:  # resampling may overshoot a little; 0 to 255 is another format
         raise ValueError(f"{image_file}: values from {low:.4g} to {high:.4g} are not in [0, 1]")
-    low, high = label.min(), label.max()
+    low = label.min()
+    high = label.max()
     if (label != np.rint(label)).any() or low < -1 or high > 254:
         raise ValueError(f"{label_file}: labels from {low:.4g} to {high:.4g} are not -1 to 12")
     longest = np.abs(normal).max()

@@ -574,7 +574,7 @@ def _outline(dice, label, size):
     wave = torch.where(is_sharp > 0, 1 - 2 * wave.clamp(-1, 1).acos() / math.pi, wave)
     return _Outline(x, y, radius * (1 + 0.3 * wave) - distance, distance / radius - 0.4, fill)
 
-# %% ../../nbs/07_data/02_scenes.ipynb #b6985319
+# %% ../../nbs/07_data/02_scenes.ipynb #af39a062
 _PRODUCT, _PHOTOGRAPH, _WEBCAM, _DRAWING = range(4)
 
 

@@ -108,7 +108,7 @@ def checkpointed(
         context_fn=lambda: (contextlib.nullcontext(), Rewound(module)),
     )
 
-# %% ../../nbs/08_models/07_precision.ipynb #7e7c8c9a
+# %% ../../nbs/08_models/07_precision.ipynb #0017ad5d
 def _subclass(base: type, forward: Callable, make: Callable, *switches) -> type:
     "A subclass of the same name with another `forward`; `make(base, *switches)` makes it anew."
 

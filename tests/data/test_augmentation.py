@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from dbmtl.benchmarks.base import Benchmark, Data, Scale
 from dbmtl.benchmarks.dense_prediction import angle_degrees, dense_floors, dense_tasks, depth_loss
 from dbmtl.data.augmentation import DenseSplit, random_crop_scale, random_flip
-from dbmtl.experiments.train import Loop, load_loop_state, loop_state
+from dbmtl.experiments.loop import Loop, load_loop_state, loop_state
 
 
 def gen(seed=0):

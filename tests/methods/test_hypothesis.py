@@ -70,8 +70,7 @@ class Lines(nn.Module):
 
     def step(self, balancer):
         """The shared gradient of one step, with features or three batches where they are asked."""
-        batches = 3 if balancer.aggregator.num_batches == 3 else 1
-        zs = [self.trunk[0][None] * 1 for _ in range(batches)]
+        zs = [self.trunk[0][None] * 1 for _ in range(balancer.aggregator.num_batches)]
         features = {"features": zs[0]} if balancer.level == "features" else {}
         self.trunk[0].grad = None
         balancer.backward(*map(self.losses, zs), **features)

@@ -142,8 +142,8 @@ def unchanged(losses, batch):
 
 def step(balancer, model, seed=0, change=unchanged):
     """One backward, with features or three batches where the method asks for them."""
-    number = 3 if balancer.aggregator.num_batches == 3 else 1
-    zs = [model.features(3 * seed + batch) for batch in range(number)]
+    batches = range(balancer.aggregator.num_batches)
+    zs = [model.features(3 * seed + batch) for batch in batches]
     losses = [change(model.losses(z), batch) for batch, z in enumerate(zs)]
     features = {"features": zs[0]} if balancer.level == "features" else {}
     balancer.backward(*losses, **features)

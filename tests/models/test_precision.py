@@ -15,7 +15,8 @@ from torch.testing import assert_close
 
 from dbmtl import make_balancer
 from dbmtl.benchmarks.base import get_benchmark
-from dbmtl.experiments.train import Loop, evaluate
+from dbmtl.experiments.loop import Loop
+from dbmtl.experiments.step import evaluate
 from dbmtl.models.deeplab import DeepLab
 from dbmtl.models.precision import Rewound, checkpointed, efficient, half_precision, map_tensors
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from dbmtl import DBMTL, make_balancer
-from dbmtl.experiments.train import trunk_features
+from dbmtl.experiments.step import trunk_features
 from dbmtl.models.segnet import SegNet, SegNetTrunk, TaskAttention, parameter_counts, xavier_
 
 TASKS = {"segmentation": 13, "depth": 1, "normal": 3}

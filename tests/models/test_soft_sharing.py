@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from dbmtl import DBMTL, make_balancer
-from dbmtl.experiments.train import trunk_features
+from dbmtl.experiments.step import trunk_features
 from dbmtl.models.deeplab import DeepLab
 from dbmtl.models.imagenet_weights import trunk_state
 from dbmtl.models.resnet import resnet50_dilated
