@@ -27,14 +27,14 @@ from ..benchmarks.base import Scale, get_benchmark
 from ..core.checks import check_whole, unknown_name
 from ..core.files import write_atomically
 from .labels import label_of
-from .loop import MONITOR_DIGITS, RunEnded
+from .loop import MONITOR_DIGITS, Ended
 from dbmtl.experiments.records import (
     encode_record,
     read_records,
     round_numbers,
     runs_folder,
 )
-from .terminal import progress_bar, until_signal
+from .terminal import progress_bar, text_table, until_signal
 from .train import Run, learning_curves
 from ..registry import make_balancer
 
@@ -164,28 +164,32 @@ def replay(
     data=None,  # None: loaded
 ) -> dict:  # of `compare_numbers`, with "epochs", "steps", "torch"; or {"outcome", "reason"}
     "Train a record's first epoch again with today's code, and compare."
-    with torch.random.fork_rng(devices=[]), _threads(record.get("threads", 1)):
+    with _as_recorded(record):
         try:
             run = run_of(record, benchmark, data)
         except CannotReplay as reason:
             return {"record": _fingerprint(record), "outcome": "not run", "reason": str(reason)}
-        recorded, replayed, epochs, steps = _replay_networks(run, record)
+        both = _replay_networks(run, record)
     return {
         "record": _fingerprint(record),
-        **compare_numbers(recorded, replayed),
-        "epochs": epochs,
-        "steps": steps,
+        **compare_numbers(both.recorded, both.replayed),
+        "epochs": both.epochs,
+        "steps": both.steps,
         "torch": str(torch.__version__),
     }
 
 
 @contextlib.contextmanager
-def _threads(count: int):
-    "As many threads as the record was made with: a sum over another number rounds differently."
+def _as_recorded(record: dict):
+    """As many threads as the record was made with: a sum over another number rounds differently.
+
+    Threads and random state are given back.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(record.get("threads", 1))
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
         torch.set_num_threads(before)
 
@@ -197,16 +201,19 @@ def _fingerprint(record) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 # %% ../../nbs/10_experiments/09_replay.ipynb #5bc28acb
-class _FirstEpoch(NamedTuple):
-    "What came of a network's first epoch."
+class _BothNumbers(NamedTuple):
+    "What a record and its replay say of the first epoch of each network."
 
-    steps: int  # that were taken
-    state: str = ""  # "diverged" or "failed" where the run ended in it
+    recorded: dict  # of `first_epoch_numbers`, and whether the run went on
+    replayed: dict
+    epochs: int  # replayed, one a network
+    steps: int
 
 
-def _replay_networks(run: Run, record: dict) -> tuple:
-    "Recorded and replayed numbers of each network's first epoch, and the epochs and steps taken."
+def _replay_networks(run: Run, record: dict) -> _BothNumbers:
+    "Train the first epoch of each network that the record knows of."
     curves = record["curves"]
+    monitors = record["monitors"]
     recorded = {}
     replayed = {}
     epochs = 0
@@ -216,39 +223,40 @@ def _replay_networks(run: Run, record: dict) -> tuple:
         if number > 0:
             run.start_network(number)
         loop = run.loop
-        epoch = _train_first_epoch(loop, run.monitor_every)
+        state = _train_first_epoch(loop, run.monitor_every)
+        taken = loop.position if state else loop.steps
         epochs += len(loop.rows)
-        steps += epoch.steps
+        steps += taken
 
         # Did the run end in this epoch, according to the record and to the replay?
-        place = f"step {offset}: the run"
         column = curves.get("train", {}).get(tasks[0].name, [])
+        place = f"step {offset}: the run"
         recorded[place] = "goes on" if column else f"{record['state']} at step {record['step']}"
-        ended = f"{epoch.state} at step {offset + epoch.steps}"
-        replayed[place] = ended if epoch.state else "goes on"
+        replayed[place] = f"{state} at step {offset + taken}" if state else "goes on"
 
         # Steps that the record does not hold, because it was thinned, do not count.
-        monitored = [step for step in record["monitors"].get("steps", []) if step < loop.steps]
-        parts = [loop.rows] if loop.rows else []
-        replayed |= first_epoch_numbers(learning_curves(parts), loop.monitors, monitored)
+        monitored = [step for step in monitors.get("steps", []) if step < loop.steps]
+        rows = [loop.rows] if loop.rows else []
+        replayed |= first_epoch_numbers(learning_curves(rows), loop.monitors, monitored)
 
         # A network that was not trained to the end is the last one.
-        last_epoch = curves["epochs"][-1] if len(column) == len(curves["epochs"]) > 0 else 0
-        if epoch.state or last_epoch < run.scale.epochs:
+        is_complete = 0 < len(column) == len(curves["epochs"])
+        if state or not is_complete or curves["epochs"][-1] < run.scale.epochs:
             break
         offset += run.scale.epochs * loop.steps
-    recorded |= first_epoch_numbers(curves, record["monitors"], monitored)
-    return recorded, replayed, epochs, steps
+    recorded |= first_epoch_numbers(curves, monitors, monitored)
+    return _BothNumbers(recorded, replayed, epochs, steps)
 
 
-def _train_first_epoch(loop, monitor_every: int) -> _FirstEpoch:
+def _train_first_epoch(loop, monitor_every: int) -> str:
+    "'diverged' or 'failed' where the run ends in its first epoch, else ''."
     try:
         for step in range(loop.steps):
             loop.step(bool(monitor_every) and step % monitor_every == 0)
         loop.end_epoch()
-    except RunEnded as ended:
-        return _FirstEpoch(loop.position, ended.state)
-    return _FirstEpoch(loop.steps)
+    except Ended as ended:
+        return ended.state
+    return ""
 
 # %% ../../nbs/10_experiments/09_replay.ipynb #65c4ef60
 def replays_path(
@@ -347,10 +355,11 @@ def _in_this_process(groups: deque, stop):
 
 def _data_of(record):
     "The data of a record, None where they cannot be had: then `replay` says why."
-    try:
-        return _load(record["config"], _benchmark_of(record))
-    except CannotReplay:
-        return None
+    with _as_recorded(record):
+        try:
+            return _load(record["config"], _benchmark_of(record))
+        except CannotReplay:
+            return None
 
 
 def _in_processes(groups: deque, jobs: int, stop):
@@ -405,12 +414,7 @@ def replay_table(
     rows = [("records", *outcomes)]
     for place, count in counts.items():
         rows.append((place, *(str(count[outcome]) for outcome in outcomes)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join([*lines, *remarks])
+    return "\n".join([text_table(rows), *remarks])
 
 # %% ../../nbs/10_experiments/09_replay.ipynb #0b73bedd
 def main(

@@ -43,7 +43,7 @@ from dbmtl.experiments.records import (
     runs_folder,
 )
 from .replay import is_current
-from .terminal import parse_duration, until_signal
+from .terminal import parse_duration, text_table, until_signal
 from .train import train
 from ..registry import hyperparameters, make_balancer, method_names
 
@@ -557,12 +557,7 @@ def run_table(records: list[dict]) -> str:
         seed = str(record["config"]["seed"])
         reason = (record.get("reason") or "")[:60]
         rows.append((label_of(record), seed, record["status"], str(record["steps_now"]), reason))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return text_table(rows)
 
 # %% ../../nbs/10_experiments/10_run.ipynb #c4117427
 def _parser() -> argparse.ArgumentParser:

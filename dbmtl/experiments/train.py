@@ -20,7 +20,7 @@ from dbmtl.experiments.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from .loop import Loop, RunEnded, load_loop_state, loop_state
+from .loop import Ended, Loop, load_loop_state, loop_state
 from .metrics import select
 from dbmtl.experiments.records import (
     configuration,
@@ -83,7 +83,7 @@ class Run:
         self.loop = Loop(self.benchmark, self.data, tasks, method, self.seed, self.scale, **options)
 
     def advance(self):
-        "One optimizer step, and what is due after it; raises RunEnded where it cannot go on."
+        "One optimizer step, and what is due after it; raises Ended where it cannot go on."
         began = time.perf_counter()
         self.loop.step(bool(self.monitor_every) and self.step % self.monitor_every == 0)
         self.step += 1
@@ -274,7 +274,7 @@ def _drive(run, must_stop, store, advance_bar) -> tuple:
             return "stopped", ""
         try:
             run.advance()
-        except RunEnded as ended:
+        except Ended as ended:
             return ended.state, ended.reason
         advance_bar()
         store()

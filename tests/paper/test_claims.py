@@ -1,4 +1,5 @@
-"""The ledger of claims: a row for every claim, verdicts by the rules, and numbers that another route gives as well."""
+"""The ledger of claims: a row for every claim, verdicts by the rules, and numbers that another
+route gives as well."""
 
 import ast
 import csv
@@ -59,7 +60,7 @@ def page():
 
 
 def record(benchmark, label, seed, scale, gain=0.0, at_floor=()):
-    """Every metric of STL is 10; a gain of g percent makes it 10 + g/10, or 10 - g/10 where low is better."""
+    """Every metric of STL is 10; a gain of g percent moves it by g/10 to its better side."""
     benchmark, (method, hyper) = get_benchmark(benchmark), parse_method(label)
     floors, test = {}, {}
     for task, metrics in benchmark.directions.items():
@@ -72,22 +73,31 @@ def record(benchmark, label, seed, scale, gain=0.0, at_floor=()):
         )
     config = configuration(benchmark, method, seed, scale, hyper)
     return {
-        "identity": run_identity(config, "x"), "config": config, "state": "finished", "data": {"hash": "x", "note": ""},
-        "directions": benchmark.directions, "floors": {"test": floors}, "monitors": {}, "curves": {},
+        "identity": run_identity(config, "x"),
+        "config": config,
+        "state": "finished",
+        "data": {"hash": "x", "note": ""},
+        "directions": benchmark.directions,
+        "floors": {"test": floors},
+        "monitors": {},
+        "curves": {},
         "selected": {"best epoch": {"test": test}, "average of ten": {"test": test}},
-    }  # fmt: skip
+    }
 
 
 def place(page, name, scale, gains, **options):
     """A place where each method has these improvements over STL, a number a seed."""
     most = max(map(len, gains.values()))
     runs = {"STL": [0.0] * most} | gains
-    records = [record(page["PLACES"][name], m, s, scale, g, **(options if m == "DB-MTL" else {}))
-               for m, values in runs.items() for s, g in enumerate(values)]  # fmt: skip
+    records = [
+        record(page["PLACES"][name], m, s, scale, g, **(options if m == "DB-MTL" else {}))
+        for m, values in runs.items()
+        for s, g in enumerate(values)
+    ]
     return page["make_place"](name, records)
 
 
-# ------------------------------------------------------------------------------------------------------------ the ids
+# ------------------------------------------------------------------------------------------ the ids
 
 
 def test_claims_have_a_row_each(page):
@@ -149,11 +159,11 @@ def test_claims_of_all_benchmarks_have_a_row_for_each(page):
     assert sum(row["id"] == "C17" for row in page["rows"]) == 18
 
 
-# -------------------------------------------------------------------------------------------------- nobody types them
+# -------------------------------------------------------------------------------- nobody types them
 
 
 def test_claims_verdicts_are_not_typed():
-    """Before the table is made no text is a word of a verdict, but for derivations, counts and the trial."""
+    """Before the table no text is a verdict, but for derivations, counts and the trial."""
     before = CELLS[: next(i for i, cell in enumerate(CELLS) if "LOOKS = {" in cell.source)]
     assert len(before) > 12
     typed = []
@@ -183,21 +193,30 @@ def test_claims_computed_words_follow_from_numbers(page):
     assert page["counted"]("C28", "x", here, None)["verdict"] == "not run"
 
 
-# ------------------------------------------------------------------------------------------------- made-up records
+# ---------------------------------------------------------------------------------- made-up records
 
 UP, DOWN, MIXED = [2.0, 2.1, 2.2], [-2.0, -2.1, -2.2], [2.0, -2.0, 0.5]
 
 
-@pytest.mark.parametrize("name, scale, values, word", [
-    ("nyuv2", "paper", UP, "reproduced"), ("nyuv2", "paper", DOWN, "not reproduced"),
-    ("nyuv2", "paper", MIXED, "undecided"),
-    ("nyuv2", "cpu", UP, "same sign"), ("nyuv2", "cpu", DOWN, "opposite sign"), ("nyuv2", "gpu", UP, "same sign"),
-    ("nyuv2", "paper-scratch", UP, "same sign"), ("nyuv2", "paper", UP[:2], "undecided"),
-    ("nyuv2", "paper", UP[:1], "one run"),
-    ("pacs", "paper", UP, "same sign"), ("pacs", "paper", DOWN, "opposite sign"),
-    ("nyuv2-sgd", "paper", UP, "same sign"),
-    ("nyuv2", "smoke", UP, "none"), ("streets", "generated", UP, "same sign"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, scale, values, word",
+    [
+        ("nyuv2", "paper", UP, "reproduced"),
+        ("nyuv2", "paper", DOWN, "not reproduced"),
+        ("nyuv2", "paper", MIXED, "undecided"),
+        ("nyuv2", "cpu", UP, "same sign"),
+        ("nyuv2", "cpu", DOWN, "opposite sign"),
+        ("nyuv2", "gpu", UP, "same sign"),
+        ("nyuv2", "paper-scratch", UP, "same sign"),
+        ("nyuv2", "paper", UP[:2], "undecided"),
+        ("nyuv2", "paper", UP[:1], "one run"),
+        ("pacs", "paper", UP, "same sign"),
+        ("pacs", "paper", DOWN, "opposite sign"),
+        ("nyuv2-sgd", "paper", UP, "same sign"),
+        ("nyuv2", "smoke", UP, "none"),
+        ("streets", "generated", UP, "same sign"),
+    ],
+)
 def test_claims_verdicts_of_made_up_records(page, name, scale, values, word):
     here = place(page, name, scale, {"DB-MTL": values, "EW": [0.0] * 3})
     row = page["gained"]("C02", here, page["minus"]("DB-MTL", "STL"), 1.15)
@@ -226,7 +245,7 @@ def test_claims_verdicts_need_runs_floors_and_all_methods(page):
 
 
 def test_claims_against_stl_know_the_spread_of_stl(page):
-    """STL's own runs count: their mean is the baseline, and a run of STL stands beside a run of the method."""
+    """STL's own runs count: their mean is the baseline, and each stands beside a method's run."""
     runs = [record("nyuv2", "STL", s, "cpu", g) for s, g in enumerate((-30.0, 0.0, 30.0))]
     runs += [record("nyuv2", "DB-MTL", s, "cpu", 2.0) for s in range(3)]
     row = page["gained"](
@@ -242,8 +261,9 @@ def test_claims_against_stl_know_the_spread_of_stl(page):
 def test_claims_are_held_against_the_sign_in_print(page):
     here = place(page, "office31", "cpu", {"DB-MTL": DOWN, "DB-MTL(beta=0)": [0.0, 0.1, 0.0]})
     weights = page["minus"]("DB-MTL", "DB-MTL(beta=0)")
-    assert [page["gained"]("C17", here, weights, paper)["verdict"] for paper in (0.3, -0.3, None)] == [
-        "opposite sign", "same sign", "opposite sign"]  # fmt: skip
+    assert [
+        page["gained"]("C17", here, weights, paper)["verdict"] for paper in (0.3, -0.3, None)
+    ] == ["opposite sign", "same sign", "opposite sign"]
     assert page["gained"]("C17", here, weights, sign=-1)["verdict"] == "same sign"
 
 
@@ -284,7 +304,7 @@ def test_claims_are_read_at_the_best_scale_that_has_them(page, monkeypatch):
     )
 
 
-# --------------------------------------------------------------------------------------------------- another route
+# ------------------------------------------------------------------------------------ another route
 
 BENCHMARKS = {
     "nyuv2_segnet": "nyuv2-segnet",
@@ -349,7 +369,7 @@ def metrics_of(record):
 
 
 def other_route(records, row):
-    """Mean, half width, number of seeds and the word of a row, from the records; None without a number."""
+    """Mean, half width, seeds and verdict of a row, from the records; None without a number."""
     weights, name = weights_of(row["test"]), row["benchmark"].removeprefix("on ")
     benchmark, only = BENCHMARKS.get(name, name), row["test"].split(":")[0]
     runs = {label: runs_of(records, benchmark, row["scale"], label) for label in {*weights, "STL"}}
@@ -434,7 +454,7 @@ def test_claims_words_of_rows_are_read(page):
     assert both == {"DB-MTL": 1, "loss-only": -1, "gradient-only": -1, "EW": 1}
 
 
-# ---------------------------------------------------------------------------------------------------- the quantities
+# ----------------------------------------------------------------------------------- the quantities
 
 
 def test_claims_profiles_that_seeds_share(page):
@@ -466,7 +486,8 @@ def test_claims_roughness_and_rise_by_hand(page):
     assert page["roughness"]([zigzag, zigzag]).item() == pytest.approx(math.log(0.6))
     bumpy = steady * torch.tensor([1.0, 1.2, 1, 1, 1, 1, 1, 1, 1])
     assert page["roughness"]([bumpy], per_descent=True).item() == pytest.approx(
-        page["roughness"]([bumpy]).item() - math.log(-math.log(0.8)))  # fmt: skip
+        page["roughness"]([bumpy]).item() - math.log(-math.log(0.8))
+    )
     line = torch.linspace(-0.01, 0.01, 11, dtype=torch.float64)
     assert page["rise"]([line, line]).item() == pytest.approx(0.02) and page["fifth"](
         [line]
@@ -533,7 +554,7 @@ def test_claims_costs_are_rows(page):
     assert {row["verdict"] for row in page["costs"]({})} == {"not run"}
 
 
-# ----------------------------------------------------------------------------------------------------------- picture
+# ------------------------------------------------------------------------------------------ picture
 
 
 def test_claims_picture_has_a_look_for_every_word(page):

@@ -1,4 +1,4 @@
-"""The committed QM9 table and figures are what the committed records say, recomputed here with NumPy."""
+"""The committed QM9 table and figures are what the records say, recomputed here with NumPy."""
 
 import csv
 import json
@@ -56,7 +56,7 @@ def test_qm9_records_are_complete_and_finished():
 
 @pytest.mark.parametrize("method", METHODS.values())
 def test_qm9_floors_are_the_training_mean(method):
-    """The floor of a record is the mean absolute deviation of the test targets from the training mean."""
+    """A record's floor is the mean absolute deviation of test targets from the training mean."""
     benchmark = get_benchmark("qm9")
     data = benchmark.load(benchmark.scale("cpu"), "cpu", 0)
     z, unit = (data.test.targets["mu"][:, k].numpy() for k in (0, 1))

@@ -1,4 +1,5 @@
-"""The tables of figures/, computed again from the record files with NumPy, and their printed columns from the CSV."""
+"""The tables of figures/, computed again from the record files with NumPy, and their printed
+columns from the CSV."""
 
 import csv
 import functools
@@ -35,8 +36,15 @@ WEIGHTS = {
     "both - neither": {"DB-MTL": 1, "EW": -1},
     "interaction": {"DB-MTL": 1, "loss-only": -1, "gradient-only": -1, "EW": 1},
 }
-COLUMNS = {"nyuv2": "NYUv2", "cityscapes": "Cityscapes", "office31": "Office-31", "officehome": "Office-Home",
-           "qm9": "QM9", "pacs": "PACS", "streets": "streets (generated)"}  # fmt: skip
+COLUMNS = {
+    "nyuv2": "NYUv2",
+    "cityscapes": "Cityscapes",
+    "office31": "Office-31",
+    "officehome": "Office-Home",
+    "qm9": "QM9",
+    "pacs": "PACS",
+    "streets": "streets (generated)",
+}
 PRINTED = ["nyuv2", "cityscapes", "office31", "officehome", "qm9"]
 TABLES = {
     "table1_nyuv2": "nyuv2",
@@ -182,7 +190,7 @@ def printed_ablation(benchmark):
     return {row["method"]: row for row in found}
 
 
-# ------------------------------------------------------------------------------------------------------------ Table 5
+# ------------------------------------------------------------------------------------------ Table 5
 
 
 @pytest.mark.parametrize("name", COLUMNS)
@@ -309,7 +317,7 @@ def test_table5_bars_are_those_of_the_records(name):
         assert not printed
 
 
-# ---------------------------------------------------------------------------------------------------- Tables 1 to 4, 6
+# --------------------------------------------------------------------------------- Tables 1 to 4, 6
 
 
 def plain(name):
@@ -433,7 +441,7 @@ def test_table6_runs_of_the_library_are_compared_with_the_copied_rows():
     assert f"higher for {len(higher)} of the" in text and f"({', '.join(higher)})" in text
 
 
-# --------------------------------------------------------------------------------------------------- nothing is typed
+# --------------------------------------------------------------------------------- nothing is typed
 
 
 NOTEBOOKS = sorted((ROOT / "nbs" / "15_paper").glob("*_table*.ipynb"))

@@ -1,4 +1,5 @@
-"""Figures 1, 2, 3, 5 and 6: their files are what the records say, recomputed; what was not run is shown so."""
+"""Figures 1, 2, 3, 5 and 6: their files are what the records say, recomputed; what was not run is
+shown so."""
 
 import csv
 import itertools
@@ -76,7 +77,7 @@ def printed(figure):
     ]
 
 
-# ----------------------------------------------------------------------------------------- an own way to the numbers
+# ------------------------------------------------------------------------ an own way to the numbers
 
 
 @cache
@@ -104,7 +105,7 @@ def runs(folder, benchmark, scale, label):
 
 
 def metrics(record):
-    """[task] -> list of test metrics, signed so that higher is better, and the floors in the same form."""
+    """[task] -> test metrics, the floors in the same form, and signs by which higher is better."""
     chosen = next(
         selection for name, selection in record["selected"].items() if name.startswith("best")
     )["test"]
@@ -133,7 +134,7 @@ def gains(folder, benchmark, scale, label):
 
 
 def untrained(folder, benchmark, scale, label):
-    """Tasks without any metric that is 5 % better than the floor in every run; each metric counts alone."""
+    """Tasks whose metrics are in some run not 5 % better than the floor, on average."""
     poor = set()
     for record in runs(folder, benchmark, scale, label).values():
         values, floors, signs = metrics(record)
@@ -190,7 +191,8 @@ def word(low, high, count, sign):
 
 
 def check(folder, stem):
-    """The picture's CSV and the table's differences against the records; returns how many numbers were compared."""
+    """The picture's CSV and the table's differences against the records; returns how many numbers
+    were compared."""
     card, compared = json.loads((folder / "cards" / f"{stem}.json").read_text()), 0
     drawn, table = rows(folder / f"{stem}.csv"), rows(folder / f"{stem}_numbers.csv")
     for benchmark in card["runs"]:
@@ -242,7 +244,7 @@ def check(folder, stem):
     return compared
 
 
-# --------------------------------------------------------------------------------------------------- committed files
+# ---------------------------------------------------------------------------------- committed files
 
 
 @pytest.mark.parametrize("stem", STEMS.values())
@@ -354,11 +356,11 @@ def test_bars_of_figures_curves_follow_from_the_monitors(stem, methods):
     )
 
 
-# ----------------------------------------------------------------------------------------------- the pages themselves
+# ----------------------------------------------------------------------------- the pages themselves
 
 
 def record(benchmark, label, seed, scale, gain=0.0, at_floor=()):
-    """Every metric of STL is 10; a gain of g percent makes it 10 + g/10, or 10 - g/10 where low is better."""
+    """Every metric of STL is 10; a gain of g percent moves it by g/10 to its better side."""
     (method, hyper), directions = parse_method(label), get_benchmark(benchmark).directions
     signs = {
         t: {m: 1 if better == "up" else -1 for m, better in ms.items()}
@@ -402,7 +404,7 @@ def made_up_runs(benchmark, methods, seeds, scale, *rest, **options):
 
 
 def opened(name, folder, monkeypatch):
-    """Run a page's cells as they are, with every run it asks for already made; returns its names."""
+    """The names that a page's cells leave, with every run that it asks for already made."""
     monkeypatch.setenv("DBMTL_OUT", str(folder))
     monkeypatch.setattr(plt, "show", lambda: None)
     monkeypatch.setattr(
@@ -512,7 +514,8 @@ def test_bars_of_figure5_count_the_verdicts_by_kind(tmp_path, monkeypatch):
 
 
 def test_bars_of_figure6_test_what_constants_do(tmp_path, monkeypatch):
-    """Under Adam nothing, under SGD the ends lower, as in the paper; the maximum best under SGD, last under Adam."""
+    """Under Adam nothing, under SGD the ends lower, as in the paper; the maximum best under SGD,
+    last under Adam."""
     for benchmark, label, seed in itertools.product(
         ["office31", "office31-sgd"], ["STL", *ALPHAS], range(3)
     ):

@@ -1,4 +1,4 @@
-"""From run records to tables: grouping, floors, differences by seed, verdict words, stable files."""
+"""From run records to tables: grouping, floors, differences by seed, verdicts, stable files."""
 
 import csv
 import math
@@ -9,29 +9,36 @@ from scipy.stats import t as student
 from dbmtl.benchmarks.base import get_benchmark
 from dbmtl.experiments.metrics import Interval
 from dbmtl.experiments.records import (
+    code_modules,
     configuration,
+    fingerprint,
     run_identity,
     write_record,
 )
-from dbmtl.report import comparison
 from dbmtl.report.comparison import (
     compared,
     contrast,
+    current_records,
     delta_p_by_seed,
     describe_runs,
     difference,
     estimate,
+    gains_of_task,
     group_records,
     html_table,
     lost_runs,
     markdown_table,
     mean_ranks,
     number,
+    ratio_of_logs,
     records_to_draw,
+    span,
     task_gains_by_seed,
     untrained,
     verdict,
     why_missing,
+    why_no_contrast,
+    worst_in_words,
     worst_tasks,
     write_table,
 )
@@ -41,10 +48,16 @@ DIRECTIONS = {"a": {"MAE": "down"}, "b": {"Acc": "up"}}
 
 
 def record(method, seed, a=1.0, b=50.0, state="finished", scale="cpu", **changes):
-    """As small as a record can be: task a's floor is 2 (lower is better), task b's is 10 (higher is better)."""
+    """A small record: task a's floor is 2 (lower is better), task b's is 10 (higher is better)."""
     test = {"a": {"MAE": a}, "b": {"Acc": b}}
-    config = {"protocol": 1, "benchmark": "toy", "method": method, "hyper": {}, "seed": seed,
-              "scale": {"name": scale, "epochs": 3, "batch_size": 4, "train_size": 0, "width": 8}}  # fmt: skip
+    config = {
+        "protocol": 1,
+        "benchmark": "toy",
+        "method": method,
+        "hyper": {},
+        "seed": seed,
+        "scale": {"name": scale, "epochs": 3, "batch_size": 4, "train_size": 0, "width": 8},
+    }
     return {
         "config": config,
         "state": state,
@@ -224,13 +237,41 @@ def test_report_draws_paper_scale_before_cpu(tmp_path):
     assert records_to_draw(both, [], folder=tmp_path)[0] == "paper"
 
 
-def test_report_marks_records_of_older_code(monkeypatch):
-    """Those whose replay differs; a record that was never replayed is not marked."""
-    replayed = {"EW": True, "DB-MTL": False, "CAGrad": None}
-    is_current = lambda record: replayed[record["config"]["method"]]  # noqa: E731
-    monkeypatch.setattr(comparison, "is_current", is_current)
-    assert "older code" not in describe_runs([record("EW", 0), record("CAGrad", 0)])
-    assert "older code: DB-MTL" in describe_runs([record("EW", 0), record("DB-MTL", 0)])
+def test_report_current_records_are_configured_as_today(tmp_path):
+    made = [stored(tmp_path, "EW"), stored(tmp_path, "EW", sizes={"epochs": 41})]
+    made += [stored(tmp_path, "DB-MTL", hyper={"beta": 0.1}), stored(tmp_path, "EW", scale="gpu")]
+    assert current_records(made, "toy", "cpu") == made[:1]
+    assert current_records(made, "toy", "cpu", {"EW", "DB-MTL(beta=0.1)"}) == [made[0], made[2]]
+    assert current_records(made, "toy", "cpu", {"UW"}) == []
+    assert current_records(made, "qm9", "cpu") == []
+    assert records_to_draw("toy", [], folder=tmp_path) == ("not run", [])
+
+
+def test_report_gains_of_a_task_leave_out_runs_that_did_not_train_it():
+    gains = {"EW": {0: {"a": 1.0}, 1: {"b": 2.0}}, "UW": {0: {"b": 3.0}}}
+    assert gains_of_task(gains, "b") == {"EW": {1: 2.0}, "UW": {0: 3.0}}
+
+
+def test_report_ratios_come_from_logarithms():
+    ratio, low, high = ratio_of_logs(Interval(math.log(2), 0.0, math.log(4), 3))
+    assert (ratio, low, high) == pytest.approx((2, 1, 4))
+    assert ratio_of_logs(estimate([0.0])) == (1.0, None, None)
+
+
+def test_report_words_for_cells():
+    assert (span([2, 2]), span({1, 3}), span([5])) == ("2", "1 to 3", "5")
+    assert worst_in_words(("depth", -3.25)) == "depth (-3.2 %)"
+    assert worst_in_words(("depth", -3.25), places=0) == "depth (-3 %)"
+    assert worst_in_words(None) is None
+    assert why_no_contrast(groups(), {"EW": 1, "STL": -1}) == "EW not run"
+    assert why_no_contrast(groups(), {"STL": 1}) == "no common seed"
+
+
+def test_report_marks_records_of_older_code():
+    present = fingerprint(code_modules("toy", "EW", {}))
+    assert "older code" not in describe_runs([record("EW", 0, code=present)])
+    old = [record("EW", 0, code=present), record("DB-MTL", 0, code="0" * 12)]
+    assert "older code: DB-MTL" in describe_runs(old)
 
 
 def test_report_describes_size_device_and_seeds():

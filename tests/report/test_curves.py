@@ -1,4 +1,5 @@
-"""Figures 8, 9 and 10: the definitions, the committed numbers recomputed from the records, and pages without runs."""
+"""Figures 8, 9 and 10: the definitions, the committed numbers recomputed from the records, and
+pages without runs."""
 
 import ast
 import csv
@@ -53,7 +54,7 @@ def closed():
     plt.close("all")
 
 
-# ------------------------------------------------------------------------------------------------------- definitions
+# -------------------------------------------------------------------------------------- definitions
 
 
 def loops(logs):
@@ -235,7 +236,7 @@ def test_figures_cosines_without_a_value_are_left_out():
     )
 
 
-# ------------------------------------------------------------------------------------------- pages of faked records
+# --------------------------------------------------------------------------- pages of faked records
 
 
 def record(method, seed, norm=1.0, at_floor=False, scale="cpu"):
@@ -248,17 +249,29 @@ def record(method, seed, norm=1.0, at_floor=False, scale="cpu"):
     }
     if at_floor:
         test["depth"] = floors["depth"]
-    looks = {"steps": [0, 6, 8], "norms": {t: [9.0, norm, norm] for t in tasks},
-             "losses": {t: [1.0] * 3 for t in tasks},
-             "cosines": {f"{a}|{b}": [0.1, 0.2, 0.3] for a, b in combinations(tasks, 2)}}  # fmt: skip
+    looks = {
+        "steps": [0, 6, 8],
+        "norms": {t: [9.0, norm, norm] for t in tasks},
+        "losses": {t: [1.0] * 3 for t in tasks},
+        "cosines": {f"{a}|{b}": [0.1, 0.2, 0.3] for a, b in combinations(tasks, 2)},
+    }
     wave = [4.0, 2 * norm, 2.0, 1.0]
     return {
-        "identity": f"{method}{seed}", "config": configuration("nyuv2", method, seed, scale), "state": "finished",
-        "step": 10, "steps": 10, "data": {"hash": "x", "note": "real"}, "device": "cpu: test", "notes": [],
-        "directions": benchmark.directions, "floors": {"test": floors, "validation": {}}, "parameters": {"shared": 100},
-        "monitors": {} if method == "STL" else looks, "selected": {"best test epoch": {"epoch": 1, "test": test}},
+        "identity": f"{method}{seed}",
+        "config": configuration("nyuv2", method, seed, scale),
+        "state": "finished",
+        "step": 10,
+        "steps": 10,
+        "data": {"hash": "x", "note": "real"},
+        "device": "cpu: test",
+        "notes": [],
+        "directions": benchmark.directions,
+        "floors": {"test": floors, "validation": {}},
+        "parameters": {"shared": 100},
+        "monitors": {} if method == "STL" else looks,
+        "selected": {"best test epoch": {"epoch": 1, "test": test}},
         "curves": {"epochs": [1, 2, 3, 4], "train": {t: wave for t in tasks}},
-    }  # fmt: skip
+    }
 
 
 def page_of(*runs):
@@ -406,7 +419,7 @@ def test_figures_without_runs_say_so(monkeypatch, tmp_path):
     assert texts.count("not run") == 4 and "paper's ends,\nread off" in texts
 
 
-# -------------------------------------------------------------------- the committed numbers, from the records' files
+# --------------------------------------------------- the committed numbers, from the records' files
 
 
 def table(stem):

@@ -57,8 +57,12 @@ def test_paper_numbers_spot_checked():
     assert paper_table("officehome")["STL"]["real_world"] == {"accuracy": 80.0}
     assert paper_summary("cityscapes")["DB-MTL"].std == 0.4
     assert paper_directions("nyuv2")["normal"] == {
-        "Mean": "down", "Median": "down", "W11.25": "up", "W22.5": "up", "W30": "up",
-    }  # fmt: skip
+        "Mean": "down",
+        "Median": "down",
+        "W11.25": "up",
+        "W22.5": "up",
+        "W30": "up",
+    }
 
 
 HALVES = {"0.0128": 5e-5, "53.5": 0.05, "-1250": 0.5, "0": 0.5, "65.00": 0.005}

@@ -1,4 +1,5 @@
-"""Pages of results: what is asked for, which records are shown, beside which printed numbers, and the pictures."""
+"""Pages of results: what is asked for, which records are shown, beside which printed numbers, and
+the pictures."""
 
 from dataclasses import replace
 
@@ -42,7 +43,7 @@ def record(
     gains=None,
     **changes,
 ):
-    """Every metric of STL is 10; a gain of g percent makes it 10 + g/10, or 10 - g/10 where low is better."""
+    """Every metric of STL is 10; a gain of g percent moves it by g/10 to its better side."""
     benchmark, test, floors = get_benchmark(benchmark), {}, {}
     for task, metrics in benchmark.directions.items():
         percent = (gains or {}).get(task, gain)
@@ -53,13 +54,24 @@ def record(
             test[task] = floors[task]
     config = configuration(benchmark, method, seed, scale)
     return {
-        "identity": run_identity(config, "x"), "config": config, "state": state,
-        "reason": "the loss of depth is not finite" if state == "diverged" else "", "step": 5, "steps": 30,
-        "data": {"hash": "x", "note": "generated" if scale == "smoke" else "real"}, "device": "cpu: test",
-        "directions": benchmark.directions, "floors": {"test": floors, "validation": {}}, "notes": [], "monitors": {},
+        "identity": run_identity(config, "x"),
+        "config": config,
+        "state": state,
+        "reason": "the loss of depth is not finite" if state == "diverged" else "",
+        "step": 5,
+        "steps": 30,
+        "data": {"hash": "x", "note": "generated" if scale == "smoke" else "real"},
+        "device": "cpu: test",
+        "directions": benchmark.directions,
+        "floors": {"test": floors, "validation": {}},
+        "notes": [],
+        "monitors": {},
         "selected": {"best test epoch": {"epoch": 1, "test": test}} if state == "finished" else {},
-        "curves": {"epochs": [1, 2], "train": {task: [2.0, 1.0 + seed] for task in benchmark.directions}},
-    } | changes  # fmt: skip
+        "curves": {
+            "epochs": [1, 2],
+            "train": {task: [2.0, 1.0 + seed] for task in benchmark.directions},
+        },
+    } | changes
 
 
 def page_of(benchmark, *runs, paper=None, stl=1, **options):
@@ -73,13 +85,17 @@ def rows_of(page, **wanted):
     return [row for row in result_rows(page) if row.items() >= wanted.items()]
 
 
-# ------------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def test_pages_ask_for_what_is_written(tmp_path):
     made = ask("toy", " EW , DB-MTL", "3,1", "smoke", out=tmp_path)
     assert [(run["config"]["method"], run["config"]["seed"]) for run in made] == [
-        ("EW", 3), ("DB-MTL", 3), ("EW", 1), ("DB-MTL", 1)]  # fmt: skip
+        ("EW", 3),
+        ("DB-MTL", 3),
+        ("EW", 1),
+        ("DB-MTL", 1),
+    ]
     again = ask("toy", "EW,DB-MTL", "3,1", "smoke", out=tmp_path)
     assert {run["status"] for run in again} == {"already there"} and {
         run["steps_now"] for run in again
@@ -108,15 +124,18 @@ def test_pages_ask_for_three_seeds_above_smoke(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("change, budget, message", [
-    ({"steps_now": 0}, "", "took no optimizer step"),
-    ({"state": "stopped"}, "", "is stopped"),
-    ({"state": "pending", "status": "pending"}, "", "is pending"),
-    ({"state": "stopped"}, "1m", None),
-    ({"state": "pending", "status": "pending", "steps_now": 0}, "1m", None),
-    ({"state": "diverged"}, "", None),
-    ({"status": "already there", "steps_now": 0}, "", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, budget, message",
+    [
+        ({"steps_now": 0}, "", "took no optimizer step"),
+        ({"state": "stopped"}, "", "is stopped"),
+        ({"state": "pending", "status": "pending"}, "", "is pending"),
+        ({"state": "stopped"}, "1m", None),
+        ({"state": "pending", "status": "pending", "steps_now": 0}, "1m", None),
+        ({"state": "diverged"}, "", None),
+        ({"status": "already there", "steps_now": 0}, "", None),
+    ],
+)
 def test_pages_ask_checks_that_runs_were_made(monkeypatch, change, budget, message):
     made = [record("toy", "EW") | {"status": "done now", "steps_now": 9} | change]
     monkeypatch.setattr("dbmtl.report.results_page.run_all", lambda *args, **options: made)
@@ -129,7 +148,7 @@ def test_pages_ask_checks_that_runs_were_made(monkeypatch, change, budget, messa
         ask("toy", "EW,DB-MTL", "0", "cpu", budget)
 
 
-# ------------------------------------------------------------------------------------------------------------- page
+# --------------------------------------------------------------------------------------------- page
 
 
 def test_pages_improvements_by_hand():
@@ -216,19 +235,27 @@ def test_pages_refuse_what_cannot_be_compared():
         page_of("office31", record("office31", "EW"), paper="office")
 
 
-# ------------------------------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------------- tables
 
 
-@pytest.mark.parametrize("benchmark, column, stl, printed", [
-    ("nyuv2", "mIoU", 53.5, "1.15 ± 0.16"), ("office31", "amazon", 86.61, "1.05 ± 0.2")])  # fmt: skip
+@pytest.mark.parametrize(
+    "benchmark, column, stl, printed",
+    [("nyuv2", "mIoU", 53.5, "1.15 ± 0.16"), ("office31", "amazon", 86.61, "1.05 ± 0.2")],
+)
 def test_pages_put_printed_rows_below_ours(benchmark, column, stl, printed):
     page = page_of(
         benchmark, record(benchmark, "DB-MTL", gain=5.0), record(benchmark, "FAMO"), paper=benchmark
     )
     rows = result_rows(page)
     shown = [(row["method"], row["source"]) for row in rows]
-    assert shown[:6] == [("constant prediction", "floor"), ("STL", "ours"), ("STL", "paper"),
-                         ("DB-MTL", "ours"), ("DB-MTL", "paper"), ("FAMO", "ours")]  # fmt: skip
+    assert shown[:6] == [
+        ("constant prediction", "floor"),
+        ("STL", "ours"),
+        ("STL", "paper"),
+        ("DB-MTL", "ours"),
+        ("DB-MTL", "paper"),
+        ("FAMO", "ours"),
+    ]
     rest = [name for name in paper_table(benchmark) if name not in ("STL", "DB-MTL")]
     assert shown[6:] == [(name, "paper; ours not run") for name in rest] and len(rest) > 15
     assert rows[2][column] == stl and rows[4]["delta_p"] == printed
@@ -276,8 +303,11 @@ def test_pages_columns_are_metrics_or_tasks():
 
 
 def test_pages_rows_give_reasons_for_missing_numbers():
-    runs = [record("nyuv2", "EW", at_floor=["normal"]), record("nyuv2", "UW", state="diverged"),
-            record("nyuv2", "DB-MTL", gain=2.0)]  # fmt: skip
+    runs = [
+        record("nyuv2", "EW", at_floor=["normal"]),
+        record("nyuv2", "UW", state="diverged"),
+        record("nyuv2", "DB-MTL", gain=2.0),
+    ]
     page = page_of("nyuv2", *runs)
     (floored,), (lost,), (good,) = (rows_of(page, method=name) for name in ("EW", "UW", "DB-MTL"))
     assert floored["delta_p"] == "not trained: normal" and floored["worst task"] is None
@@ -290,13 +320,21 @@ def test_pages_rows_give_reasons_for_missing_numbers():
 def test_pages_captions_say_how_numbers_were_made():
     page = page_of("nyuv2", record("nyuv2", "EW"), paper="nyuv2", stl=2)
     text = table_caption(page, "Table 1: rooms.")
-    for part in ("Table 1: rooms. ±", "Student's 95 %", "in the paper's", "constant prediction", "best test epoch",
-                 "nyuv2 at cpu scale", "cpu: test", "Early training"):  # fmt: skip
+    for part in (
+        "Table 1: rooms. ±",
+        "Student's 95 %",
+        "in the paper's",
+        "constant prediction",
+        "best test epoch",
+        "nyuv2 at cpu scale",
+        "cpu: test",
+        "Early training",
+    ):
         assert part in text
     assert "Epochs: none." in table_caption(replace(page, protocol="last ten"), "X.")
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def several_tasks(count):

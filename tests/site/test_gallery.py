@@ -1,4 +1,4 @@
-"""The gallery: every card is on the page, every picture has a card, and the page needs nothing but itself."""
+"""The gallery: every card is on the page, every picture has a card, the page stands alone."""
 
 import json
 from html.parser import HTMLParser
@@ -23,7 +23,7 @@ def run_notebook(name):
 
 
 class Reader(HTMLParser):
-    """What the tests ask of a page: elements with attributes, text by element, and whether it nests."""
+    """What the tests ask of a page: elements with attributes, its texts, whether it nests."""
 
     def __init__(self, page):
         super().__init__()
@@ -192,7 +192,7 @@ def test_gallery_short_form_joins_the_cards_of_a_part(made):
     assert "| no card yet |" in lines["Figure 2: IMTL-L against the logarithm"]
 
 
-# ---------------------------------------------------------------------------------------------- the project's own page
+# --------------------------------------------------------------------------- the project's own page
 
 
 def test_project_pictures_and_tables_have_cards_and_cards_have_them():

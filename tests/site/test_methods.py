@@ -65,7 +65,7 @@ def test_facts_are_complete(name):
     assert listed == facts["differences"]
 
 
-# ---------------------------------------------------------------------------------------------------- the toy problem
+# ---------------------------------------------------------------------------------- the toy problem
 
 
 def toy(theta):
@@ -94,11 +94,14 @@ def test_toy_problem_shows_every_method_on_parameters_from_five_starts():
     assert "CAGrad+log" in shown and "EW+log" in shown
 
 
-@pytest.mark.parametrize("name, objective", [
-    ("EW", lambda losses: losses[0] + losses[1]),
-    ("EW+log", lambda losses: (losses[0] + 1e-8).log() + (losses[1] + 1e-8).log()),
-    ("GLS", lambda losses: (losses[0] * losses[1]).sqrt()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, objective",
+    [
+        ("EW", lambda losses: losses[0] + losses[1]),
+        ("EW+log", lambda losses: (losses[0] + 1e-8).log() + (losses[1] + 1e-8).log()),
+        ("GLS", lambda losses: (losses[0] * losses[1]).sqrt()),
+    ],
+)
 def test_toy_problem_without_a_balancer(name, objective):
     """Losses along a run in the committed table, by plain `backward`."""
     told = {int(r["step"]): r for r in table() if r["method"] == name and r["start"] == "1"}

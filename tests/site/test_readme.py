@@ -57,7 +57,7 @@ def test_readme_rendering_leaves_out_the_hidden_and_shows_the_shown():
     assert text == "![a](figures/a.png)\n\n```python\n1 + 1\n```\n\n```\n2\n```\n"
 
 
-# ----------------------------------------------------------------------------- the front's numbers, by another route
+# ------------------------------------------------------------ the front's numbers, by another route
 
 NAMES = {
     "QM9": "qm9",
@@ -87,7 +87,7 @@ def metrics(record):
 
 
 def recomputed(folder, benchmark, scale):
-    """{method: [delta_p by seed]} of the four corners, for the methods whose runs all learned every task."""
+    """{method: {seed: delta_p}} of the corners whose runs all learned every task."""
     runs = {}
     for path in sorted(Path(folder).glob(f"{benchmark}-{scale}-*.json")):
         record = json.loads(path.read_text())
@@ -127,15 +127,17 @@ def learned(record):
 
 
 def agrees(cell, values):
-    """Does a cell such as "1.2 ± 0.4" say mean and half width of these numbers, to its last digit?"""
+    """Does a cell such as "1.2 ± 0.4" say mean and half width, to its last digit?"""
     if len(values) < 3:
         return abs(float(cell.split(" ")[0]) - statistics.fmean(values)) <= 1e-3 * max(
             1, abs(values[0])
         )
     mean, half = cell.split(" ± ")
     width = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return all(abs(float(text) - value) <= 0.51 * 10 ** -len(text.partition(".")[2])
-               for text, value in ((mean, statistics.fmean(values)), (half, width)))  # fmt: skip
+    return all(
+        abs(float(text) - value) <= 0.51 * 10 ** -len(text.partition(".")[2])
+        for text, value in ((mean, statistics.fmean(values)), (half, width))
+    )
 
 
 def stale(text, folder):
@@ -192,7 +194,7 @@ def test_front_numbers_are_stale_once_a_record_changes(method, tmp_path):
 
 
 def test_front_is_what_its_notebook_makes_of_the_records(tmp_path, monkeypatch):
-    """Sentences and picture too: made anew in another folder, and different when a record differs."""
+    """Sentences and picture too: the same in another folder, different when a record differs."""
     monkeypatch.setenv("DBMTL_OUT", str(tmp_path))
     figures = tmp_path / "figures"
     shutil.copytree(

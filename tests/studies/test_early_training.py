@@ -1,4 +1,4 @@
-"""Early training of every method on QM9: its scale, its notebook on fresh runs, and the committed numbers."""
+"""Early training of every method on QM9: scale, notebook on fresh runs, committed numbers."""
 
 import csv
 import json

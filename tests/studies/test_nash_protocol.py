@@ -1,4 +1,4 @@
-"""Nash-MTL in its own protocol: printed numbers, passes per step and the equation, by other routes."""
+"""Nash-MTL in its own protocol: printed numbers, passes and the equation, by other routes."""
 
 import csv
 import json
@@ -53,7 +53,7 @@ def drop(benchmark, method, base="STL"):
     return np.mean(np.where([name in UP for name in found], 1, -1) * (stl - one) / stl) * 100
 
 
-# ------------------------------------------------------------------------------------------------- printed numbers
+# ---------------------------------------------------------------------------------- printed numbers
 
 
 def test_nash_asset_is_whole():
@@ -68,19 +68,33 @@ def test_nash_asset_is_whole():
         assert sum(r["benchmark"] == benchmark and r["metric"] == "delta_m" for r in ASSET) == 11
 
 
-@pytest.mark.parametrize("benchmark, method, metric, value, std", [
-    ("nyuv2_segnet", "Nash-MTL", "mIoU", "40.13", ""), ("nyuv2_segnet", "Nash-MTL", "delta_m", "-4.04", ""),
-    ("nyuv2_segnet", "SI", "W30", "62.32", ""), ("nyuv2_segnet", "CAGrad", "RErr", "0.2250", ""),
-    ("cityscapes", "STL", "RErr", "27.77", ""), ("cityscapes", "MGDA", "AErr", "0.0309", ""),
-    ("cityscapes", "UW", "delta_m", "5.89", ""), ("cityscapes", "Nash-MTL", "mIoU", "75.41", ""),
-    ("qm9", "STL", "U0", "58.8", ""), ("qm9", "STL in the code", "cv", "0.07212", ""), ("qm9", "LS", "R2", "5.19", ""),
-    ("qm9", "UW", "delta_m", "108.0", "22.5"), ("qm9", "Nash-MTL", "delta_m", "62.0", "1.4"),
-    ("qm9", "SI", "HOMO", "149.8", ""), ("qm9", "IMTL-G", "G", "100.1", ""), ("qm9", "DWA", "delta_m", "175.3", "6.3"),
-    ("qm9", "LS", "minutes per epoch", "0.54", ""), ("qm9", "MGDA", "minutes per epoch", "7.25", ""),
-    ("qm9", "Nash-MTL", "minutes per epoch", "6.76", ""), ("qm9", "PCGrad", "minutes per epoch", "7.47", ""),
-    ("qm9", "Nash-MTL(update_every=5)", "minutes per epoch", "1.81", ""),
-    ("qm9", "Nash-MTL(update_every=50)", "minutes per epoch", "0.69", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "benchmark, method, metric, value, std",
+    [
+        ("nyuv2_segnet", "Nash-MTL", "mIoU", "40.13", ""),
+        ("nyuv2_segnet", "Nash-MTL", "delta_m", "-4.04", ""),
+        ("nyuv2_segnet", "SI", "W30", "62.32", ""),
+        ("nyuv2_segnet", "CAGrad", "RErr", "0.2250", ""),
+        ("cityscapes", "STL", "RErr", "27.77", ""),
+        ("cityscapes", "MGDA", "AErr", "0.0309", ""),
+        ("cityscapes", "UW", "delta_m", "5.89", ""),
+        ("cityscapes", "Nash-MTL", "mIoU", "75.41", ""),
+        ("qm9", "STL", "U0", "58.8", ""),
+        ("qm9", "STL in the code", "cv", "0.07212", ""),
+        ("qm9", "LS", "R2", "5.19", ""),
+        ("qm9", "UW", "delta_m", "108.0", "22.5"),
+        ("qm9", "Nash-MTL", "delta_m", "62.0", "1.4"),
+        ("qm9", "SI", "HOMO", "149.8", ""),
+        ("qm9", "IMTL-G", "G", "100.1", ""),
+        ("qm9", "DWA", "delta_m", "175.3", "6.3"),
+        ("qm9", "LS", "minutes per epoch", "0.54", ""),
+        ("qm9", "MGDA", "minutes per epoch", "7.25", ""),
+        ("qm9", "Nash-MTL", "minutes per epoch", "6.76", ""),
+        ("qm9", "PCGrad", "minutes per epoch", "7.47", ""),
+        ("qm9", "Nash-MTL(update_every=5)", "minutes per epoch", "1.81", ""),
+        ("qm9", "Nash-MTL(update_every=50)", "minutes per epoch", "0.69", ""),
+    ],
+)
 def test_nash_asset_says_what_is_printed(benchmark, method, metric, value, std):
     assert (printed(benchmark, method, metric), printed(benchmark, method, metric, "std")) == (
         value,
@@ -104,7 +118,7 @@ def test_nash_asset_agrees_with_the_other_tables():
 
 
 def test_nash_delta_m_by_numpy():
-    """Printed digits move Delta_m by up to 0.03 on NYUv2, 0.4 on Cityscapes, 0.8 on QM9; one row is off by more."""
+    """Printed digits move Delta_m by 0.03 on NYUv2, 0.4 on Cityscapes, 0.8 on QM9; one row more."""
     slack, off = {"nyuv2_segnet": 0.035, "cityscapes": 0.4, "qm9": 0.8}, []
     for row in (r for r in ASSET if r["metric"] == "delta_m"):
         if not metrics(row["benchmark"], row["method"]):
@@ -132,7 +146,7 @@ def test_nash_protocol_table_recomputes_what_numpy_does():
     assert all(row["ours"] == "not run" for row in rows if row["benchmark"] != "QM9")
 
 
-# ------------------------------------------------------------------------------------------------------ our records
+# -------------------------------------------------------------------------------------- our records
 
 
 def records():
@@ -188,12 +202,12 @@ def test_nash_figure_is_of_the_records():
                 )
 
 
-# ---------------------------------------------------------------------------------------------------- what it costs
+# ------------------------------------------------------------------------------------ what it costs
 
 
 @pytest.mark.parametrize("update_every, expected", [(1, 300), (5, 20 * 3 + 80), (50, 2 * 3 + 98)])
 def test_nash_toy_passes_by_a_hook(update_every, expected):
-    """A hook on the trunk's output counts the gradients that arrive there, over 100 steps of three tasks."""
+    """A hook on the trunk's output counts the gradients of 100 steps of three tasks."""
     toy = get_benchmark("toy")
     scale = toy.scale("smoke")
     data, counted, solved = toy.load(scale), [], 0
@@ -217,7 +231,7 @@ def test_nash_toy_passes_by_a_hook(update_every, expected):
     assert len(counted) == expected and solved == 100 // update_every
 
 
-# ----------------------------------------------------------------------------------------------------- the equation
+# ------------------------------------------------------------------------------------- the equation
 
 
 @pytest.fixture(scope="module")
@@ -254,9 +268,13 @@ def test_nash_weights_on_qm9_are_scipys(molecules):
     norms = np.linalg.norm(G, axis=1)
     C = G @ G.T / norms / norms[:, None]
     found = scipy.optimize.minimize(
-        lambda x: np.exp(x) @ C @ np.exp(x) / 2 - x.sum(), np.zeros(11), method="trust-exact",
-        jac=lambda x: np.exp(x) * (C @ np.exp(x)) - 1, options={"gtol": 1e-10},
-        hess=lambda x: np.outer(np.exp(x), np.exp(x)) * C + np.diag(np.exp(x) * (C @ np.exp(x))))  # fmt: skip
+        lambda x: np.exp(x) @ C @ np.exp(x) / 2 - x.sum(),
+        np.zeros(11),
+        method="trust-exact",
+        jac=lambda x: np.exp(x) * (C @ np.exp(x)) - 1,
+        options={"gtol": 1e-10},
+        hess=lambda x: np.outer(np.exp(x), np.exp(x)) * C + np.diag(np.exp(x) * (C @ np.exp(x))),
+    )
     assert np.linalg.norm(found.jac) < 1e-6
     balancer = make_balancer("Nash-MTL", shared=model.trunk, num_tasks=11)
     balancer.backward(losses())

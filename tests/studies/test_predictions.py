@@ -1,4 +1,5 @@
-"""The committed albums of predictions: what they hold, what is drawn from them, and where real images go."""
+"""The committed albums of predictions: what they hold, what is drawn from them, and where real
+images go."""
 
 import json
 import os
@@ -142,7 +143,8 @@ def test_predictions_are_drawn_again_from_their_albums(tmp_path):
 
 
 def test_predictions_of_real_images_stay_out_of_figures(tmp_path, monkeypatch):
-    """Ten files in the packed layout, which pass for NYUv2: drawn in the ignored folder, and not shown."""
+    """Ten files in the packed layout, which pass for NYUv2: drawn in the ignored folder, and not
+    shown."""
     random = np.random.default_rng(0)
     parts = {
         "image": ("jpg", 256, 3),
@@ -187,7 +189,8 @@ def part_name(number, end):
 
 
 def run_cells(given, names):
-    """The notebook's code in this process, with other parameters and some imported names replaced."""
+    """The notebook's code in this process, with other parameters and some imported names
+    replaced."""
     space = {}
     for cell in json.loads((ROOT / "nbs" / "16_studies/02_predictions.ipynb").read_text())["cells"]:
         if cell["cell_type"] == "code":
