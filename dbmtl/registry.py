@@ -264,9 +264,9 @@ def method_facts(name: str) -> dict:
     base = name.partition("+")[0]
     facts = _facts_of(_point(base))
     origins = DBMTL.facts.origins | facts.origins  # those of the average stand with DB-MTL
-    hyper = [
-        {"name": keyword, "default": default, **origins[keyword]._asdict()}
-        for keyword, default in hyperparameters(base).items()
-        if keyword != "seed"
-    ]
+    hyper = []
+    for keyword, default in hyperparameters(base).items():
+        if keyword != "seed":
+            plain = list(default) if isinstance(default, tuple) else default
+            hyper.append({"name": keyword, "default": plain, **origins[keyword]._asdict()})
     return {"name": base, **facts._asdict(), "hyper": hyper, "differences": list(facts.differences)}

@@ -57,7 +57,6 @@ FULL = [
     "models/test_precision.py::test_networks_of_one_shape_are_compiled_once",
     "models/test_precision.py::test_predictions_losses_and_gradients_are_float32",
     "models/test_qm9.py::test_qm9_nnconv_dense_form_equals_torch_geometric",
-    "models/test_resnet.py::test_resnet_loads_a_torchvision_shaped_file",
     "models/test_segnet.py::test_segnet_learns_all_tasks_at_once",
     "models/test_soft_sharing.py::test_soft_sharing_learns_all_tasks_at_once",
     "models/test_soft_sharing.py::test_soft_sharing_under_other_methods",

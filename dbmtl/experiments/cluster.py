@@ -68,9 +68,7 @@ def run_remotely(
     folder: str,  # the sweep's, with its sign and its marks
     name: str,  # "3-1": run 3, sent once
     variables: dict | None = None,  # of the environment
-) -> (
-    dict
-):  # {"host", "attempt", "code": of the process or None, "report": dict or None, "errors": text}
+) -> dict:  # {"host", "attempt", "code", "report", "errors"}; no code without a process
     "Do one run in a process of its own, for as long as the sweep gives its sign."
     outcome = {
         "host": socket.gethostname(),

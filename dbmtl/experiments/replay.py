@@ -292,10 +292,10 @@ def is_current(
         folder = runs_folder(record["config"]["scale"]["name"]) if folder is None else folder
     except FileNotFoundError:  # outside of a project
         return None
-    found = read_replays(folder).get(record.get("identity"))
-    if found is None or found["record"] != _fingerprint(record):
+    result = read_replays(folder).get(record.get("identity"))
+    if result is None or result["record"] != _fingerprint(record):
         return None
-    return {"exact": True, "close": True, "differs": False}.get(found["outcome"])
+    return {"exact": True, "close": True, "differs": False}.get(result["outcome"])
 
 # %% ../../nbs/10_experiments/09_replay.ipynb #6d69d6ca
 def replay_all(
@@ -396,21 +396,21 @@ def replay_table(
     counts = {}
     remarks = []
     for record in records:
-        found = replays.get(record["identity"])
-        if found is None:
+        result = replays.get(record["identity"])
+        if result is None:
             continue
         config = record["config"]
         place = f"{config['benchmark']} {config['scale']['name']}"
-        counts.setdefault(place, Counter())[found["outcome"]] += 1
+        counts.setdefault(place, Counter())[result["outcome"]] += 1
         name = f"{place} {label_of(record)} seed {config['seed']}"
-        if found["outcome"] == "differs":
-            first = found["first"]
+        if result["outcome"] == "differs":
+            first = result["first"]
             remarks.append(
                 f"{name} differs, first at {first['place']}: "
                 f"{first['recorded']} recorded, {first['replayed']} replayed"
             )
-        elif found["outcome"] == "not run":
-            remarks.append(f"{name} was not run: {found['reason']}")
+        elif result["outcome"] == "not run":
+            remarks.append(f"{name} was not run: {result['reason']}")
     rows = [("records", *outcomes)]
     for place, count in counts.items():
         rows.append((place, *(str(count[outcome]) for outcome in outcomes)))
@@ -445,7 +445,7 @@ def main(
     print(replay_table(records, replays), replays_path(folder), sep="\n")
     if was_stopped:
         return 130
-    return int(any(found["outcome"] == "differs" for found in replays.values()))
+    return int(any(result["outcome"] == "differs" for result in replays.values()))
 
 
 def _selected(given, folder) -> list[dict]:
@@ -455,10 +455,10 @@ def _selected(given, folder) -> list[dict]:
         names = getattr(given, kind)
         if names is None:
             continue
-        known = {_name(record, kind) for record in records}
+        names_in_use = {_name(record, kind) for record in records}
         for name in names:
-            if name not in known:
-                raise unknown_name(kind, name, known)
+            if name not in names_in_use:
+                raise unknown_name(kind, name, names_in_use)
         records = [record for record in records if _name(record, kind) in names]
     if given.missing:
         stored = read_replays(folder)

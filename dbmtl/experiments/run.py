@@ -62,7 +62,7 @@ def check_names(
     benchmark = get_benchmark(benchmark)
     benchmark.scale(scale)
     if not methods:
-        raise ValueError(f"no methods given: some of {', '.join(_known_methods())}")
+        raise ValueError(f"no methods given: some of {', '.join(_method_names())}")
     named_in_hyper = [name for name, value in (hyper or {}).items() if isinstance(value, dict)]
     for name in [*(parse_method(label)[0] for label in methods), *named_in_hyper]:
         _check_method(name)
@@ -79,7 +79,7 @@ _CLUSTERS = {  # of dbmtl.experiments.cluster, imported when asked for
 }
 
 
-def _known_methods() -> list:
+def _method_names() -> list:
     return [*method_names(), "STL"]
 
 
@@ -89,15 +89,15 @@ def _balancer(method: str, num_tasks: int, hyper: dict):
 
 
 def _check_method(name: str):
-    known = _known_methods()
-    if name in known:
+    names = _method_names()
+    if name in names:
         return
     try:
         _balancer(name, 2, {})
     except ValueError as error:
-        if name.split("+")[0] in known:
+        if name.split("+")[0] in names:
             raise  # a composition that cannot be, and its reason
-        raise unknown_name("method", name, known) from error
+        raise unknown_name("method", name, names) from error
 
 
 def _check_settings(label: str, hyper: dict, num_tasks: int):

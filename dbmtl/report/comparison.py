@@ -317,22 +317,22 @@ def ratio_of_logs(
 # %% ../../nbs/11_report/03_comparison.ipynb #523c0c13
 def verdict(
     scale: str,
-    found: Interval | None,  # of a difference
+    measured: Interval | None,  # of a difference
     paper_sign: int,  # 1 or -1: the sign that the paper reports
     own_benchmark: bool = True,  # is it the benchmark that the paper's claim is about?
 ) -> str:
     "The word for a sign of the paper, by the number of seeds, their interval and the scale."
     if paper_sign not in (1, -1):
         raise ValueError(f"paper_sign must be 1 or -1, not {paper_sign!r}")
-    if found is None:
+    if measured is None:
         return "not run"
     if scale == "smoke":
         return "none"
-    if found.count == 1:
+    if measured.count == 1:
         return "one run"
-    if found.count < 3 or found.sign == 0:
+    if measured.count < 3 or measured.sign == 0:
         return "undecided"
-    same = found.sign == paper_sign
+    same = measured.sign == paper_sign
     if scale == "paper" and own_benchmark:
         return "reproduced" if same else "not reproduced"
     return "same sign" if same else "opposite sign"

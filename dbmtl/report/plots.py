@@ -248,7 +248,8 @@ def ratio_panel(
     label: str,  # of the vertical axis
 ):
     "One logarithmic axis for all tasks of several benchmarks; returns `ax`."
-    place, middles, names = 0, [], []
+    middles, names = [], []
+    place = 0
     for number, row in enumerate(rows):
         is_first = number == 0 or row["benchmark"] != rows[number - 1]["benchmark"]
         if is_first and number:
