@@ -280,7 +280,7 @@ def test_cost_rounds_record_an_error_of_a_method():
     loop = toy_loop("Nash-MTL")
     loop.balancer.aggregator.forward = without_a_solution
     outcomes = cost_rounds({"Nash-MTL": lambda: loop}, 2)
-    assert outcomes["Nash-MTL"] == "RunEnded: failed: RuntimeError: no solution"
+    assert outcomes["Nash-MTL"] == "Ended: failed: RuntimeError: no solution"
 
 
 # --------------------------------------------------------------------------------------- the record
