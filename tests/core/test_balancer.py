@@ -1,4 +1,5 @@
-"""One line in place of `loss.backward()`: what goes in, what lands in `.grad`, what can be read afterwards."""
+"""One line in place of `loss.backward()`: what goes in, what lands in `.grad`, what can be read
+afterwards."""
 
 import io
 import warnings
@@ -74,7 +75,7 @@ def stepped(form=list, method="DB-MTL", steps=1, **options):
     return model.grads()
 
 
-# ------------------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------ losses
 
 FORMS = {
     "tuple": tuple,
@@ -126,7 +127,7 @@ def test_losses_of_other_dtypes(dtypes, method):
     assert balancer.slopes.dtype in (torch.float32, torch.float64)
 
 
-# -------------------------------------------------------------------------------------------------------------- .grad
+# ------------------------------------------------------------------------------------------- .grad
 
 
 @pytest.mark.parametrize("grads", MODES)
@@ -242,15 +243,19 @@ def test_the_moving_average_is_not_the_gradient():
     assert_close(list(balancer.ema.rows[0].values()), kept)
 
 
-# ------------------------------------------------------------------------------------------------------------- shared
+# ------------------------------------------------------------------------------------------ shared
 
 
-@pytest.mark.parametrize("shared", [
-    lambda m: m.trunk,
-    lambda m: list(m.trunk.parameters()),
-    lambda m: m.trunk.parameters(),
-    lambda m: iter([*m.trunk.parameters(), *m.trunk.parameters()]),
-], ids=["module", "list", "generator", "twice"])  # fmt: skip
+@pytest.mark.parametrize(
+    "shared",
+    [
+        lambda m: m.trunk,
+        lambda m: list(m.trunk.parameters()),
+        lambda m: m.trunk.parameters(),
+        lambda m: iter([*m.trunk.parameters(), *m.trunk.parameters()]),
+    ],
+    ids=["module", "list", "generator", "twice"],
+)
 def test_shared_is_a_module_or_an_iterable_read_once(shared):
     model = net()
     balancer = DBMTL(shared=shared(model), num_tasks=3)
@@ -301,7 +306,8 @@ def test_a_layer_frozen_on_the_way_gets_no_more_gradients(accumulate):
 
 
 def test_a_parameter_that_one_task_does_not_reach():
-    """By hand: two tasks, shared (a, b), the second knows only b; both gradients get the longer one's length."""
+    """By hand: two tasks, shared (a, b), the second knows only b; both gradients get the longer
+    one's length."""
     a, b = (nn.Parameter(torch.ones((), dtype=torch.float64)) for _ in range(2))
     balancer = Balancer(Identity(), MaxNorm(eps=0.0), shared=[a, b], num_tasks=2)
     balancer.backward([3 * a + 4 * b, 2 * b])
@@ -342,7 +348,7 @@ def test_one_task(method):
             assert_close(ours / ours.norm(), right / right.norm())
 
 
-# ---------------------------------------------------------------------------------------------------- forgotten layers
+# -------------------------------------------------------------------------------- forgotten layers
 
 
 def test_a_forgotten_layer_warns_once_with_count_shapes_and_names():
@@ -395,7 +401,7 @@ def test_describe_tells_the_partition():
     assert lines[0] == repr(balancer) and "DBMTL(Log(eps=1e-08), MaxNorm(alpha='max'" in lines[0]
 
 
-# ------------------------------------------------------------------------------------------------ slopes and weights
+# ------------------------------------------------------------------------------ slopes and weights
 
 
 def test_slopes_and_weights_of_the_last_step():
@@ -419,7 +425,7 @@ def test_weights_of_equal_weighting_are_one():
     assert_close(balancer.weights, torch.ones(3, dtype=torch.float64))
 
 
-# ----------------------------------------------------------------------------------------------------- learned scales
+# ---------------------------------------------------------------------------------- learned scales
 
 
 def test_methods_without_learned_scales_have_no_parameters():
@@ -497,7 +503,7 @@ def test_scales_frozen_by_the_user_are_legal():
         assert next(balancer.parameters()).grad is None
 
 
-# -------------------------------------------------------------------------------------------------------------- state
+# ------------------------------------------------------------------------------------------- state
 
 
 def train(model, balancer, seeds, form=list):
@@ -575,12 +581,15 @@ def test_state_remembers_the_names_of_the_tasks():
         second.backward(dict(zip(("deep", *NAMES[1:]), model.losses(), strict=True)))
 
 
-@pytest.mark.parametrize("key, other", [
-    ("num_tasks", lambda m: DBMTL(shared=m.trunk, num_tasks=2)),
-    ("shapes", lambda m: DBMTL(shared=m.trunk[0], num_tasks=3)),
-    ("method", lambda m: DBMTL(shared=m.trunk, num_tasks=3, beta=0.9)),
-    ("method", lambda m: make_balancer("EW", shared=m.trunk, num_tasks=3)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, other",
+    [
+        ("num_tasks", lambda m: DBMTL(shared=m.trunk, num_tasks=2)),
+        ("shapes", lambda m: DBMTL(shared=m.trunk[0], num_tasks=3)),
+        ("method", lambda m: DBMTL(shared=m.trunk, num_tasks=3, beta=0.9)),
+        ("method", lambda m: make_balancer("EW", shared=m.trunk, num_tasks=3)),
+    ],
+)
 def test_the_state_of_another_balancer_is_refused(key, other):
     model = net()
     state = other(model).state_dict()
@@ -588,7 +597,7 @@ def test_the_state_of_another_balancer_is_refused(key, other):
         DBMTL(shared=model.trunk, num_tasks=3).load_state_dict(state)
 
 
-# ------------------------------------------------------------------------------------------------------------ counting
+# ---------------------------------------------------------------------------------------- counting
 
 
 @pytest.mark.parametrize("form", ["list", "stack", "shape [1]"])
@@ -625,7 +634,7 @@ def test_the_graph_is_gone_after_a_step(grads, method):
     assert_close(model.grads(), before, rtol=0, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------------------ registry
+# ---------------------------------------------------------------------------------------- registry
 
 
 @pytest.mark.parametrize(
@@ -652,10 +661,19 @@ def test_plus_log_is_the_log_transform():
         make_balancer("DB-MTL+log", shared=net().trunk, num_tasks=3)
 
 
-@pytest.mark.parametrize("option, value", [
-    ("num_tasks", 0), ("grads", "lop"), ("check", "never"), ("beta", 1.0), ("beta", -0.1), ("beta_decay", -1.0),
-    ("eps", -1.0), ("alpha", "maximum"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("num_tasks", 0),
+        ("grads", "lop"),
+        ("check", "never"),
+        ("beta", 1.0),
+        ("beta", -0.1),
+        ("beta_decay", -1.0),
+        ("eps", -1.0),
+        ("alpha", "maximum"),
+    ],
+)
 def test_bad_options_are_named_with_their_value(option, value):
     with pytest.raises(ValueError, match=rf"{option}\b.*{value}"):
         DBMTL(**{"shared": net().trunk, "num_tasks": 3, option: value})

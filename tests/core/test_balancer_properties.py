@@ -26,7 +26,8 @@ shapes = st.lists(
 
 
 class Problem(nn.Module):
-    """Losses of given scales over parameters of given shapes; some with a zero gradient, some copies of another."""
+    """Losses of given scales over parameters of given shapes; some with a zero gradient, some
+    copies of another."""
 
     def __init__(self, kinds, shapes, seed=0, dtype=torch.float64):
         super().__init__()

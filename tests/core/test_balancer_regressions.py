@@ -183,7 +183,7 @@ def test_describe_counts_tasks_and_not_commas():
     )
 
 
-# --------------------------------------------------------------------------------- found when all methods were added
+# --------------------------------------------------------------- found when all methods were added
 
 
 def test_a_step_inside_autocast_is_the_step_outside():
@@ -348,7 +348,8 @@ def test_counting_draws_no_random_numbers():
 
 @pytest.mark.parametrize("name", ["DB-MTL", "gradient-only"])
 def test_an_average_is_kept_on_a_device_that_the_host_must_not_read(name):
-    """The branch of accelerators, on a device without numbers: the first step used to be a TypeError."""
+    """The branch of accelerators, on a device without numbers: the first step used to be a
+    TypeError."""
     trunk, heads = (
         torch.nn.Linear(4, 3, device="meta"),
         [torch.nn.Linear(3, 1, device="meta") for _ in range(2)],

@@ -1,4 +1,5 @@
-"""The route of float16: a GradScaler's factor in the cotangents, out of the norms, and in `.grad` again."""
+"""The route of float16: a GradScaler's factor in the cotangents, out of the norms, and in `.grad`
+again."""
 
 import pytest
 import torch
@@ -108,7 +109,8 @@ def test_an_overflow_is_skipped_and_the_average_stays(accumulate):
 
 
 def test_a_real_overflow_of_float16_is_skipped():
-    """float16 parameters and a factor of 2^24: the cotangents overflow in the half-precision layers."""
+    """float16 parameters and a factor of 2^24: the cotangents overflow in the half-precision
+    layers."""
     model, scaler = net(torch.float16), GradScaler("cpu", 2.0**24, backoff_factor=2.0**-20)
     balancer = DBMTL(shared=model["trunk"], num_tasks=3)
     master = torch.optim.SGD(model.parameters(), 1e-3)

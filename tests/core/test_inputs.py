@@ -1,4 +1,5 @@
-"""Errors name the thing, and leave everything as it was; gradients that are not finite are no errors."""
+"""Errors name the thing, and leave everything as it was; gradients that are not finite are no
+errors."""
 
 import math
 
@@ -128,23 +129,68 @@ def unsolved(**k):
 
 
 ERRORS = {
-    "nan": (db_mtl, bad(math.nan), FloatingPointError, "the loss of task 'normal' is nan; it must be finite"),
+    "nan": (
+        db_mtl,
+        bad(math.nan),
+        FloatingPointError,
+        "the loss of task 'normal' is nan; it must be finite",
+    ),
     "infinite": (db_mtl, bad(math.inf), FloatingPointError, "the loss of task 'normal' is inf"),
-    "nan, equal weighting": (ew, bad(math.nan), FloatingPointError, "the loss of task 'normal' is nan"),
-    "negative under log": (db_mtl, bad(-0.5), ValueError, "the loss of task 'normal' is -0.5; .*above -1e-08"),
+    "nan, equal weighting": (
+        ew,
+        bad(math.nan),
+        FloatingPointError,
+        "the loss of task 'normal' is nan",
+    ),
+    "negative under log": (
+        db_mtl,
+        bad(-0.5),
+        ValueError,
+        "the loss of task 'normal' is -0.5; .*above -1e-08",
+    ),
     "exactly -eps": (db_mtl, bad(-1e-8), ValueError, "the loss of task 'normal' is -1e-08"),
-    "zero under IMTL-L": (imtl_l, bad(0.0), ValueError, "the loss of task 'normal' is 0; .*positive"),
+    "zero under IMTL-L": (
+        imtl_l,
+        bad(0.0),
+        ValueError,
+        "the loss of task 'normal' is 0; .*positive",
+    ),
     "too few": (db_mtl, lambda losses, b: losses[:2], ValueError, "expected 3 losses, got 2"),
-    "too many": (db_mtl, lambda losses, b: [*losses, losses[0]], ValueError, "expected 3 losses, got 4"),
+    "too many": (
+        db_mtl,
+        lambda losses, b: [*losses, losses[0]],
+        ValueError,
+        "expected 3 losses, got 4",
+    ),
     "none": (db_mtl, lambda losses, b: [], ValueError, "expected 3 losses, got 0"),
-    "matrix": (db_mtl, lambda losses, b: torch.stack(losses)[None], ValueError, r"shape \[T\], got \[1, 3\]"),
-    "no scalar": (db_mtl, last(lambda loss: loss.expand(2)), ValueError, r"'edge' must be a scalar, got shape \[2\]"),
-    "a number": (db_mtl, last(lambda loss: 0.5), (TypeError, ValueError), "loss 'edge' must be a tensor, got 0.5"),
+    "matrix": (
+        db_mtl,
+        lambda losses, b: torch.stack(losses)[None],
+        ValueError,
+        r"shape \[T\], got \[1, 3\]",
+    ),
+    "no scalar": (
+        db_mtl,
+        last(lambda loss: loss.expand(2)),
+        ValueError,
+        r"'edge' must be a scalar, got shape \[2\]",
+    ),
+    "a number": (
+        db_mtl,
+        last(lambda loss: 0.5),
+        (TypeError, ValueError),
+        "loss 'edge' must be a tensor, got 0.5",
+    ),
     "detached": (db_mtl, detached, ValueError, "loss 'normal' does not require grad"),
-    "misses shared": (db_mtl, past_the_trunk, ValueError, "the loss of task 'normal' does not reach any shared"),
+    "misses shared": (
+        db_mtl,
+        past_the_trunk,
+        ValueError,
+        "the loss of task 'normal' does not reach any shared",
+    ),
     "other names": (db_mtl, renamed, ValueError, r"missing now: \['depth'"),
     "solver": (unsolved, fail, RuntimeError, "did not converge"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("existing", ["fresh", "zero", "kept"])
@@ -190,7 +236,7 @@ def test_a_loss_of_zero_is_legal():
     assert theta.grad.isfinite().all() and theta.grad[0] > 0
 
 
-# -------------------------------------------------------------------------------------------------------------- check
+# ------------------------------------------------------------------------------------------- check
 
 
 @pytest.mark.parametrize("method", ["EW", "DB-MTL", "IMTL-L"])
@@ -234,7 +280,7 @@ def test_a_nan_loss_that_is_not_checked_reaches_grad_but_not_the_average(check):
     assert balancer.skipped.tolist() == [0, 1, 0]
 
 
-# ------------------------------------------------------------------------------------------- gradients without a limit
+# ----------------------------------------------------------------------- gradients without a limit
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -282,7 +328,7 @@ def test_a_first_gradient_that_is_not_finite(beta):
     assert model["trunk"][0].weight.grad.isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------------- not supported
+# ----------------------------------------------------------------------------------- not supported
 
 
 def test_more_than_one_process_is_refused(monkeypatch):

@@ -1,4 +1,5 @@
-"""Micro-batches of unequal size, and with unequal numbers of valid targets, against the whole batch."""
+"""Micro-batches of unequal size, and with unequal numbers of valid targets, against the whole
+batch."""
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ def net():
 
 
 def batch(seed=0, partial=True):
-    """Twelve images of five pixels; task t's valid pixels are a part that differs a lot between images."""
+    """Twelve images of five pixels; task t's valid pixels are a part that differs a lot between
+    images."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(sum(CUTS), 4, generator=g, dtype=torch.float64)
     y = (
@@ -57,7 +59,8 @@ def counts(valid):
 
 
 def run(method, size, partial=True, steps=3, form=list, **options):
-    """Three steps of a whole batch (size None) or of its micro-batches, each with `size` of its valid pixels."""
+    """Three steps of a whole batch (size None) or of its micro-batches, each with `size` of its
+    valid pixels."""
     model = net()
     balancer = make_balancer(method, shared=model.trunk, num_tasks=3, **options)
     sgd, grads = torch.optim.SGD([*model.parameters(), *balancer.parameters()], 1e-3), []
@@ -211,7 +214,7 @@ def test_slopes_are_taken_once_at_the_accumulated_losses(transform, aggregator):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------ errors
 
 
 def started():

@@ -194,7 +194,7 @@ def test_task_gradients_under_a_compiled_trunk(grads):
     )
 
 
-# -------------------------------------------------------------------------------------------------- forms of losses
+# --------------------------------------------------------------------------------- forms of losses
 
 STACKED = {
     "list": list,
@@ -242,7 +242,7 @@ def test_unknown_order_is_refused():
         task_gradients([p.sum()], [p], grads="lop")
 
 
-# --------------------------------------------------------------------------------------------------- cost and memory
+# --------------------------------------------------------------------------------- cost and memory
 
 
 class Spy(torch.autograd.Function):
@@ -323,7 +323,7 @@ def test_heads_are_freed_before_the_trunk_is_passed(grads):
     )  # when the trunk's last pass starts, no head holds an activation
 
 
-# ---------------------------------------------------------------------------------------------------------- Gramian
+# ----------------------------------------------------------------------------------------- Gramian
 
 
 def rows(tasks=4, dtype=torch.float64):

@@ -499,6 +499,18 @@ def test_notebook_keeps_the_rules(page):
     assert {name: lines for name, lines in breaks.items() if lines} == {}
 
 
+def dead_links(page):
+    """Targets of links in prose that do not exist, seen from the notebook's folder."""
+    folder = (ROOT / "nbs" / page.name).parent
+    prose = "\n".join(cell.source for cell in page.cells if cell.kind == "markdown")
+    targets = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", prose)
+    return [target for target in targets if not (folder / target).exists()]
+
+
+def test_links_in_notebooks_lead_somewhere():
+    assert {page.name: dead_links(page) for page in PAGES if dead_links(page)} == {}
+
+
 def test_modules_are_those_that_the_notebooks_export():
     exported = [page.module for page in PAGES if page.module]
     assert len(exported) == len(set(exported)), "two notebooks export one module"

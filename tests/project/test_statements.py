@@ -7,14 +7,33 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# below the root; in the end: ["ci/**/*.py", "nbs/**/*.ipynb", "tests/**/*.py"]
-CHECKED = ["ci/**/*.py", "tests/methods/test_[dhp]*.py", "tests/project/*.py"]
-FILES = sorted(
-    path
-    for pattern in CHECKED
-    for path in ROOT.glob(pattern)
-    if ".ipynb_checkpoints" not in path.parts
+PATTERNS = ["ci/**/*.py", "nbs/**/*.ipynb", "tests/**/*.py"]
+LATER = (  # still to be read line by line; in the end none
+    "nbs/01_core",
+    "nbs/03_gradient_balancing",
+    "nbs/04_dbmtl",
+    "nbs/1",
+    "nbs/index",
+    "tests/benchmarks",
+    "tests/core",
+    "tests/experiments",
+    "tests/gradient_balancing",
+    "tests/loss_balancing",
+    "tests/methods/test_training",
+    "tests/paper",
+    "tests/report",
+    "tests/site",
+    "tests/studies",
 )
+
+
+def files():
+    """The scripts and notebooks that are checked."""
+    for pattern in PATTERNS:
+        for path in sorted(ROOT.glob(pattern)):
+            name = path.relative_to(ROOT).as_posix()
+            if ".ipynb_checkpoints" not in path.parts and not name.startswith(LATER):
+                yield path
 
 
 def sources(path):
@@ -47,7 +66,7 @@ def nested_conditionals(tree):
                 yield ast.unparse(node)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", list(files()), ids=lambda path: path.relative_to(ROOT).as_posix())
 @pytest.mark.parametrize("rule", [packed_assignments, nested_conditionals])
 def test_one_thought_a_statement(rule, path):
     assert [line for source in sources(path) for line in rule(ast.parse(source))] == []
