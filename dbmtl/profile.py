@@ -44,7 +44,8 @@ class Probe(nn.Module):
 
     def __init__(self, num_tasks: int = 3, width: int = 31, seed: int = 0):
         super().__init__()
-        self.counts, generator = [0], torch.Generator().manual_seed(seed)
+        self.counts = [0]
+        generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(
             devices=[]
         ):  # the usual initialization would draw from the global generator
@@ -63,16 +64,14 @@ class Probe(nn.Module):
         return [3**t * (head(z) - t).square().mean() for t, head in enumerate(self.heads)]
 
 # %% ../nbs/06_profile.ipynb #b3d0c632
-def _step(balancer: Balancer, probe: Probe):
+def _step(balancer: Balancer, probe: Probe) -> list[list[Tensor]]:  # the gradients of each head
     "One step of training on the probe."
-    zs = [probe.features(batch) for batch in range(3)]
-    batches = [probe.losses(z) for z in zs]
+    features = [probe.features(batch) for batch in range(balancer.aggregator.num_batches)]
+    batches = [probe.losses(z) for z in features]
     if balancer.level == "features":
-        balancer.backward(batches[0], features=zs[0])
-    elif balancer.aggregator.num_batches == 3:
-        balancer.backward(*batches)
+        balancer.backward(batches[0], features=features[0])
     else:
-        balancer.backward(batches[0])
+        balancer.backward(*batches)
     return [[p.grad.clone() for p in head.parameters()] for head in probe.heads]
 
 # %% ../nbs/06_profile.ipynb #7b2b47ce
@@ -87,38 +86,32 @@ def _after(balancer: Balancer, probe: Probe):
     balancer.end_epoch()
 
 # %% ../nbs/06_profile.ipynb #32924420
-def _ratios(balancer: Balancer, probe: Probe, found: list) -> Tensor:  # [T]
+def _ratios(balancer: Balancer, probe: Probe, of_heads: list) -> Tensor:  # [T]
     "Each head's gradient over what the transformed loss alone would give it."
-    three = balancer.aggregator.num_batches == 3
-    batches = [probe.losses(probe.features(batch)) for batch in range(3 if three else 1)]
-    taken = [
-        slopes(balancer.transform, torch.stack(b).detach())[0] if three else balancer.slopes
-        for b in batches
-    ]
-    losses = [
-        sum(slope[t] * b[t] for slope, b in zip(taken, batches, strict=True))
-        for t in range(len(found))
-    ]
-    raw = [
-        torch.autograd.grad(loss, list(head.parameters()), retain_graph=True)
-        for loss, head in zip(losses, probe.heads, strict=True)
-    ]
-    return torch.stack(
-        [
-            sum((g * r).sum() for g, r in zip(mine, other, strict=True))
-            / sum((r * r).sum() for r in other)
-            for mine, other in zip(found, raw, strict=True)
-        ]
-    )
+    num_batches = balancer.aggregator.num_batches
+    batches = [probe.losses(probe.features(batch)) for batch in range(num_batches)]
+    if num_batches == 1:
+        slopes_of = [balancer.slopes]
+    else:
+        slopes_of = [slopes(balancer.transform, torch.stack(b).detach())[0] for b in batches]
+    ratios = []
+    for t, head in enumerate(probe.heads):
+        loss = sum(slope[t] * b[t] for slope, b in zip(slopes_of, batches, strict=True))
+        plain = torch.autograd.grad(loss, list(head.parameters()), retain_graph=True)
+        product = sum((g * h).sum() for g, h in zip(of_heads[t], plain, strict=True))
+        ratios.append(product / sum((h * h).sum() for h in plain))
+    return torch.stack(ratios)
 
 # %% ../nbs/06_profile.ipynb #f87d0e3d
-def _numbers(kept) -> int:
+def _numbers(state) -> int:
     "How many floating point numbers a nested state holds."
-    if isinstance(kept, Tensor):
-        return kept.numel() if kept.is_floating_point() else 0
-    if isinstance(kept, dict):
-        return sum(_numbers(value) for value in kept.values())
-    return sum(_numbers(value) for value in kept) if isinstance(kept, (list, tuple)) else 0
+    if isinstance(state, Tensor):
+        return state.numel() if state.is_floating_point() else 0
+    if isinstance(state, dict):
+        state = list(state.values())
+    if isinstance(state, (list, tuple)):
+        return sum(_numbers(value) for value in state)
+    return 0
 
 # %% ../nbs/06_profile.ipynb #528a5a55
 def numbers_kept(balancer: Balancer) -> int:
@@ -135,6 +128,20 @@ class Anatomy(NamedTuple):
     state: int  # numbers kept between steps
 
 # %% ../nbs/06_profile.ipynb #bf0ed3e1
+def _in_words(balancer: Balancer, ratios: Tensor) -> str:
+    "What a method does to the heads' gradients."
+    is_one = torch.allclose(ratios, torch.ones_like(ratios), rtol=1e-6)
+    is_third = torch.allclose(3 * ratios, torch.ones_like(ratios), rtol=1e-6)
+    takes_three = balancer.aggregator.num_batches == 3
+    if balancer.aggregator.moves_alone:
+        return "own updates"
+    if is_one:
+        return "sum of three" if takes_three else "as the losses say"
+    if takes_three and is_third:
+        return "mean of three"
+    return "weighted"
+
+
 @torch.no_grad()
 def anatomy(
     make: Callable[..., Balancer],  # called with shared= and num_tasks=
@@ -148,30 +155,22 @@ def anatomy(
     for _ in range(steps):
         probe.counts[0] = 0
         with torch.enable_grad():
-            found = _step(balancer, probe)
+            of_heads = _step(balancer, probe)
         passes = probe.counts[0]
         with torch.enable_grad():
-            ratios = _ratios(balancer, probe, found)
+            ratios = _ratios(balancer, probe, of_heads)
         _after(balancer, probe)
-    three = balancer.aggregator.num_batches == 3
-    if balancer.aggregator.moves_alone:
-        heads = "own updates"
-    elif torch.allclose(ratios, torch.ones_like(ratios), rtol=1e-6):
-        heads = "sum of three" if three else "as the losses say"
-    else:
-        heads = (
-            "mean of three"
-            if three and torch.allclose(3 * ratios, torch.ones_like(ratios), rtol=1e-6)
-            else "weighted"
-        )
-    return Anatomy(passes, heads, numbers_kept(balancer))
+    return Anatomy(passes, _in_words(balancer, ratios), numbers_kept(balancer))
 
 # %% ../nbs/06_profile.ipynb #90ead925
 class Stopwatch:
     "Adds up the time between readings of `clock` by part."
 
     def __init__(self, clock: Callable[[], float]):
-        self.clock, self.spent, self.stack, self.last = clock, {}, [None], clock()
+        self.clock = clock
+        self.spent = {}
+        self.stack = [None]
+        self.last = clock()
 
     @contextlib.contextmanager
     def part(self, name: str | None):
@@ -185,7 +184,8 @@ class Stopwatch:
             self.stack.pop()
 
     def _charge(self):
-        now, name = self.clock(), self.stack[-1]
+        now = self.clock()
+        name = self.stack[-1]
         if name is not None:
             self.spent[name] = self.spent.get(name, 0.0) + now - self.last
         self.last = now
@@ -303,6 +303,12 @@ def step_clock(device="cpu") -> Callable[[], float]:
     return synchronized
 
 # %% ../nbs/06_profile.ipynb #87e899f8
+def _reason(error: Exception) -> str:
+    "An error in a line of at most 300 characters."
+    words = [type(error).__name__.strip("_"), *map(str, error.args)]
+    return ": ".join(words)[:300]
+
+
 def cost_rounds(
     makers: dict,  # {name: function that makes a loop in training}
     rounds: int,
@@ -311,20 +317,23 @@ def cost_rounds(
     seed: int = 0,  # of the order
 ) -> dict:  # {name: [StepCost of every round], or the reason why there is none}
     "The cost of steps of several loops, interleaved."
-    loops, found, order = {}, {name: [] for name in makers}, random.Random(seed)
+    loops = {}
+    outcomes = {name: [] for name in makers}
+    random_order = random.Random(seed)
     for number in range(warm_up + rounds):
-        for name in order.sample(list(makers), len(makers)):
-            if isinstance(found[name], str):
+        for name in random_order.sample(list(makers), len(makers)):
+            has_failed = isinstance(outcomes[name], str)
+            if has_failed:
                 continue
             try:
-                loop = loops[name] = loops.get(name) or makers[name]()
-                cost = step_cost(loop, clock)
-                if loop.position == loop.steps:
-                    loop.end_epoch()
+                if name not in loops:
+                    loops[name] = makers[name]()
+                cost = step_cost(loops[name], clock)
+                if loops[name].position == loops[name].steps:
+                    loops[name].end_epoch()
             except Exception as error:  # a result too
-                found[name] = ": ".join([type(error).__name__.strip("_"), *map(str, error.args)])[
-                    :300
-                ]
-            else:
-                found[name] += [cost] * (number >= warm_up)
-    return found
+                outcomes[name] = _reason(error)
+                continue
+            if number >= warm_up:
+                outcomes[name].append(cost)
+    return outcomes

@@ -280,7 +280,8 @@ class Balancer:
             positions = batch.positions(self.shared, everywhere=True)
         else:
             positions = batch.positions(self.shared, self._remembered())
-        gradients, heads, lengths = StepGradients([], positions), [], []
+        gradients = StepGradients([], positions)
+        heads, lengths = [], []
         passes = batch.passes(slope, self.shared, positions, scale, self.grads)
         for t, (row, head) in enumerate(passes):
             if self.ema:
