@@ -34,10 +34,11 @@ def _method_classes() -> dict:  # {name: class}
 def __getattr__(name: str):
     if name in _MODULES:
         value = getattr(import_module(f"dbmtl.{_MODULES[name]}"), name)
-    elif name[:1].isupper() and name in _method_classes():
-        value = _method_classes()[name]
     else:
-        raise AttributeError(f"module 'dbmtl' has no attribute {name!r}")
+        classes = _method_classes() if name[:1].isupper() else {}
+        if name not in classes:
+            raise AttributeError(f"module 'dbmtl' has no attribute {name!r}")
+        value = classes[name]
     globals()[name] = value
     return value
 

@@ -310,8 +310,7 @@ class Balancer:
             ]
         if choice.weights is None:
             return choice
-        finite = gradients.lengths.isfinite()
-        finite = finite.view(-1, *[1] * (choice.weights.ndim - 1))
+        finite = choice.finite.view(-1, *[1] * (choice.weights.ndim - 1))
         return choice._replace(weights=torch.where(finite, choice.weights, torch.nan))
 
     # writing

@@ -103,7 +103,7 @@ class Loop:
         self.scaler = _grad_scaler(scale, device)
 
         # Each independent order of the data has a generator of its own, on the CPU.
-        orders = 3 if self.balancer.aggregator.num_batches == 3 else 1
+        orders = self.balancer.aggregator.num_batches
         seeds = [seed + 1_000_003 * number for number in range(orders)]
         self.generators = [torch.Generator().manual_seed(number) for number in seeds]
         self.steps = epoch_steps(data.train, tasks, scale.batch_size, benchmark.drop_last)
