@@ -8,7 +8,7 @@ __all__ = ['DBMTL']
 # %% ../nbs/04_dbmtl.ipynb #7dfe3d33
 from .core.balancer import Balancer
 from .core.ema import EMA
-from .core.facts import Facts, Origin
+from .core.method_facts import Facts, Origin
 from .gradient_balancing.max_norm import MaxNorm
 from .loss_balancing.log import Log
 

@@ -13,7 +13,7 @@ from .core.aggregator import Aggregator
 from .core.balancer import Balancer
 from .core.checks import nearest_name
 from .core.ema import EMA
-from .core.facts import Facts, hyperparameters_of
+from .core.method_facts import Facts, hyperparameters_of
 from .core.transform import Memory, Transform
 from .dbmtl import DBMTL
 from .gradient_balancing.aligned_mtl import AlignedMTL

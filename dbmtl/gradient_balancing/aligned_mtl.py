@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import GramianAggregator
 from ..core.checks import check_choice, check_number
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 from ..core.gramian import spectrum
 
 # %% ../../nbs/03_gradient_balancing/14_aligned_mtl.ipynb #ac68449a

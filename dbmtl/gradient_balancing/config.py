@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import GramianAggregator
 from ..core.checks import check_number
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 from ..core.gramian import cosines, spectrum
 
 # %% ../../nbs/03_gradient_balancing/17_config.ipynb #27ee5bb5

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import GradientAggregator
 from ..core.checks import check_number, check_whole
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 from .moco import tensors_in_memory
 
 # %% ../../nbs/03_gradient_balancing/18_excess_mtl.ipynb #37a56902

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.aggregator import FeatureAggregator, GradientAggregator
 from ..core.checks import check_number
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 from ..core.task_gradients import at_least_float32
 
 # %% ../../nbs/03_gradient_balancing/07_graddrop.ipynb #f628cfd9

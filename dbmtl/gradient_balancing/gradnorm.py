@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.aggregator import NormAggregator
 from ..core.checks import check_choice, check_number, check_whole
 from ..core.epoch_means import EpochMeans
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 
 # %% ../../nbs/03_gradient_balancing/04_gradnorm.ipynb #f9746405
 def training_rates(

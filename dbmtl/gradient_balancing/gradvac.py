@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.aggregator import StepGradients, TensorGramianAggregator
 from ..core.checks import check_choice, check_number
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 from .pcgrad import visits
 
 # %% ../../nbs/03_gradient_balancing/06_gradvac.ipynb #a6c702f3

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import NormAggregator
 from ..core.checks import check_choice, check_number
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 
 # %% ../../nbs/03_gradient_balancing/02_max_norm.ipynb #d7da7a02
 COMMON_LENGTHS = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import TensorNormAggregator
 from ..core.checks import check_number, check_whole
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 
 # %% ../../nbs/03_gradient_balancing/12_metabalance.ipynb #4fcbe8ed
 def anchored_weights(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import GramianAggregator
 from ..core.checks import check_choice
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 from ..core.solvers import min_norm_weights
 
 # %% ../../nbs/03_gradient_balancing/03_mgda.ipynb #038411ab

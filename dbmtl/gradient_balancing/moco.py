@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import GradientAggregator
 from ..core.checks import check_choice, check_number
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 from ..core.gramian import gramian, norms
 from ..core.solvers import project_simplex
 from ..core.task_gradients import at_least_float32

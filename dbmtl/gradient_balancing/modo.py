@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import CrossGramianAggregator
 from ..core.checks import check_choice, check_number
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 from .moco import move_lambda
 from .sdmgrad import BATCH_WEIGHTS
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.adam import adam_moments
 from ..core.aggregator import GradientAggregator
 from ..core.checks import check_number
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 from ..core.gramian import tensor_norms
 from ..core.task_gradients import at_least_float32
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.aggregator import GramianAggregator
 from ..core.checks import check_number, check_whole
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 from ..core.solvers import power_weights
 
 # %% ../../nbs/03_gradient_balancing/11_nash_mtl.ipynb #a23aa81c

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import GramianAggregator
 from ..core.checks import check_choice, check_number
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 
 # %% ../../nbs/03_gradient_balancing/05_pcgrad.ipynb #98afab7c
 def visits(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import CrossGramianAggregator
 from ..core.checks import check_choice, check_number, check_whole
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 from ..core.solvers import project_simplex
 
 # %% ../../nbs/03_gradient_balancing/19_sdmgrad.ipynb #7ee0b563

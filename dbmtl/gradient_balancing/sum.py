@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.aggregator import LossWeighting
-from ..core.facts import Facts
+from ..core.method_facts import Facts
 
 # %% ../../nbs/03_gradient_balancing/01_sum.ipynb #3f6beac3
 class Sum(LossWeighting):

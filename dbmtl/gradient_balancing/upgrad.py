@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.aggregator import GramianAggregator
 from ..core.checks import check_number
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 from ..core.solvers import dual_cone_weights
 
 # %% ../../nbs/03_gradient_balancing/16_upgrad.ipynb #4f103d08

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.adam import adam_moments
 from ..core.checks import check_number, check_whole
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 from ..core.transform import Transform
 
 # %% ../../nbs/02_loss_balancing/08_famo.ipynb #e1a908ac

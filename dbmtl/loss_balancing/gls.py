@@ -9,7 +9,7 @@ __all__ = ['GLS']
 import torch
 from torch import Tensor
 
-from ..core.facts import Facts
+from ..core.method_facts import Facts
 from ..core.transform import Transform
 
 # %% ../../nbs/02_loss_balancing/03_gls.ipynb #75a4c5f7

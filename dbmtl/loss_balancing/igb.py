@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 from ..core.adam import adam_step, new_moments
 from ..core.checks import check_number, check_whole
 from ..core.epoch_means import EpochMeans
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 from ..core.transform import Memory, Transform
 
 # %% ../../nbs/02_loss_balancing/07_igb.ipynb #371b9bcb

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.checks import check_whole
-from ..core.facts import Facts
+from ..core.method_facts import Facts
 from ..core.transform import Transform
 
 # %% ../../nbs/02_loss_balancing/02_imtl_l.ipynb #0d56e1b4

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..core.checks import check_number
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 from ..core.transform import Transform
 
 # %% ../../nbs/02_loss_balancing/10_ls.ipynb #36b7458b

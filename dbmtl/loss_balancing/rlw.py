@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_number, check_whole
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 from ..core.transform import Transform
 
 # %% ../../nbs/02_loss_balancing/04_rlw.ipynb #68cb60ef

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.checks import check_number, check_whole
 from ..core.epoch_means import EpochMeans
-from ..core.facts import Facts, Origin
+from ..core.method_facts import Facts, Origin
 from ..core.transform import Transform
 
 # %% ../../nbs/02_loss_balancing/09_stch.ipynb #b29010f1

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
 from ..core.files import write_atomically
-from ..experiments.labels import label_of
+from ..experiments.method_labels import label_of
 from .comparison import describe_runs, estimate, finished_runs, write_table
 from .style import method_style, printed_name, save_figure, seed_band
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from ..benchmarks.base import get_benchmark
-from ..experiments.labels import label_of, split_methods
+from ..experiments.method_labels import label_of, split_methods
 from ..experiments.metrics import delta_p_per_task, worst_task
 from ..experiments.records import figures_folder, project_root
 from ..experiments.run import run_all

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dbmtl.benchmarks.base import get_benchmark
-from dbmtl.experiments.labels import parse_method
+from dbmtl.experiments.method_labels import parse_method
 from dbmtl.experiments.records import configuration, run_identity, write_record
 from dbmtl.registry import recipe
 

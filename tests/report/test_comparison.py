@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import t as student
 
 from dbmtl.benchmarks.base import get_benchmark
-from dbmtl.experiments.metrics import Interval
+from dbmtl.experiments.intervals import Interval
 from dbmtl.experiments.records import (
     configuration,
     run_identity,

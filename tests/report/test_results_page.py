@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from dbmtl.benchmarks.base import Benchmark, Task, get_benchmark
-from dbmtl.experiments.metrics import Interval
+from dbmtl.experiments.intervals import Interval
 from dbmtl.experiments.records import configuration, run_identity, write_record
 from dbmtl.registry import method_names
 from dbmtl.report.paper import paper_summary, paper_table

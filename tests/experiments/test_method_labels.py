@@ -1,6 +1,6 @@
 """Labels: what goes to which method."""
 
-from dbmtl.experiments.labels import hyper_of, parse_hyper
+from dbmtl.experiments.method_labels import hyper_of, parse_hyper
 
 
 def test_hyperparameters_from_the_command_line():
