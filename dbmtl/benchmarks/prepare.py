@@ -10,8 +10,8 @@ import argparse
 import re
 
 from ..core.checks import unknown_name
+from ..core.files import cache_folder
 from ..data.cityscapes import prepare_cityscapes
-from ..data.image_store import cache_folder
 from ..data.nyuv2 import prepare_nyuv2
 from ..data.office import prepare_office
 from ..models.efficientnet_lite0 import lite0_features

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.files import missing_data, source_folder
 from dbmtl.data.image_store import (
     Item,
     StorePlan,
@@ -23,12 +24,10 @@ from dbmtl.data.image_store import (
     check_size,
     dense_fields,
     first_twenty,
-    missing,
     nearest,
     open_stores,
     read_array,
     read_image,
-    source_folder,
     store_name,
 )
 from .raycast import VOID
@@ -191,7 +190,7 @@ def find_cityscapes(
     folder = Path(folder)
     layout = _layout(folder)
     if layout is None:
-        raise missing("Cityscapes", folder, RECIPE)
+        raise missing_data("Cityscapes", folder, RECIPE)
     files_of_part = _archive_files if layout == "mtan" else _official_files
     parts = {}
     lacking = []

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..core.files import missing_data, source_folder
 from dbmtl.data.image_store import (
     Item,
     StorePlan,
@@ -23,12 +24,10 @@ from dbmtl.data.image_store import (
     dense_fields,
     encode_depth,
     encode_normal,
-    missing,
     nearest,
     open_stores,
     read_array,
     read_image,
-    source_folder,
     store_name,
 )
 from .raycast import VOID
@@ -169,7 +168,7 @@ def nyuv2_items(
             paths = [folder / part / f"{stem}.{suffix}" for part, suffix in layout.files.items()]
             items.append(Item(f"{split}/{stem}", tuple(paths)))
         return name, items
-    raise missing("NYUv2", Path(source), RECIPE)
+    raise missing_data("NYUv2", Path(source), RECIPE)
 
 
 def _stems(folder, layout) -> list[str]:

@@ -20,16 +20,15 @@ import numpy as np
 import torch
 
 from ..core.checks import unknown_name
+from ..core.files import missing_data, source_folder
 from dbmtl.data.image_store import (
     Item,
     StorePlan,
     build_stores,
     check_size,
     first_twenty,
-    missing,
     open_stores,
     read_image,
-    source_folder,
     store_name,
 )
 
@@ -186,7 +185,7 @@ def office_files(
     source = source_folder(name, source)
     all_folders = domain_folders(name, source)
     if not any(all_folders.values()):
-        raise missing(TITLES[name], source, RECIPES[name])
+        raise missing_data(TITLES[name], source, RECIPES[name])
     folders = {task: folder for task, folder in all_folders.items() if folder is not None}
     lists = pacs_lists(folders) if name == "pacs" else office_lists(name)
     absent = [f"{DOMAINS[name][task][0]}/" for task in all_folders if task not in folders]

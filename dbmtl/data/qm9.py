@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .image_store import missing, source_folder
+from ..core.files import missing_data, source_folder
 
 # %% ../../nbs/07_data/05_qm9.ipynb #11482446
 @dataclass(frozen=True)
@@ -409,7 +409,7 @@ def load_qm9(
             f"{folder} holds {contents}: run torch_geometric.datasets.QM9({str(folder)!r}) once "
             "with torch-geometric 2, which makes processed/data_v3.pt."
         )
-    raise missing("QM9", folder, RECIPE)
+    raise missing_data("QM9", folder, RECIPE)
 
 
 def _read_packed(path) -> QM9:

@@ -20,8 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..core.files import write_atomically
-from .image_store import source_folder
+from ..core.files import source_folder, write_atomically
 from .qm9 import DECIMALS, pack_integers, ranges, unpack_integers
 
 # %% ../../nbs/07_data/06_qm9_build.ipynb #3071a48b

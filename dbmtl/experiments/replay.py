@@ -26,15 +26,16 @@ import torch
 from ..benchmarks.base import Scale, get_benchmark
 from ..core.checks import check_whole, unknown_name
 from ..core.files import write_atomically
-from .method_labels import label_of
+from ..core.progress import progress_bar
 from .loop import MONITOR_DIGITS, Ended
+from .method_labels import label_of
 from dbmtl.experiments.records import (
     encode_record,
     read_records,
     round_numbers,
     runs_folder,
 )
-from .terminal import progress_bar, text_table, until_signal
+from .terminal import text_table, until_signal
 from .train import Run, learning_curves
 from ..registry import make_balancer
 

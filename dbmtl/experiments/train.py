@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..benchmarks.base import get_benchmark
+from ..core.progress import progress_bar
 from dbmtl.experiments.checkpoints import (
     checkpoint_files,
     checkpoint_lock,
@@ -20,8 +21,8 @@ from dbmtl.experiments.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from .loop import Ended, Loop, load_loop_state, loop_state
 from .epoch_selection import select
+from .loop import Ended, Loop, load_loop_state, loop_state
 from dbmtl.experiments.records import (
     configuration,
     environment,
@@ -31,7 +32,6 @@ from dbmtl.experiments.records import (
     write_record,
 )
 from .step import epoch_steps, run_notes
-from .terminal import progress_bar
 
 # %% ../../nbs/10_experiments/10_train.ipynb #b7c385da
 class Run:

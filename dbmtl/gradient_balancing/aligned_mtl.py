@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..core.aggregator import GramianAggregator
 from ..core.checks import check_choice, check_number
-from ..core.method_facts import Facts, Origin
 from ..core.gramian import spectrum
+from ..core.method_facts import Facts, Origin
 
 # %% ../../nbs/03_gradient_balancing/14_aligned_mtl.ipynb #ac68449a
 _SCALES = {"min": torch.min, "median": torch.median, "rmse": torch.mean}

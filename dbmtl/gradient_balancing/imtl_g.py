@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..core.aggregator import GramianAggregator
 from ..core.checks import check_number
-from ..core.method_facts import Facts, Origin
 from ..core.gramian import cosines, spectrum
+from ..core.method_facts import Facts, Origin
 
 # %% ../../nbs/03_gradient_balancing/08_imtl_g.ipynb #06db508f
 def impartial_weights(

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..core.aggregator import GradientAggregator
 from ..core.checks import check_choice, check_number
-from ..core.method_facts import Facts, Origin
 from ..core.gramian import gramian, norms
+from ..core.method_facts import Facts, Origin
 from ..core.solvers import project_simplex
 from ..core.task_gradients import at_least_float32
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..core.adam import adam_moments
 from ..core.aggregator import GradientAggregator
 from ..core.checks import check_number
-from ..core.method_facts import Facts, Origin
 from ..core.gramian import tensor_norms
+from ..core.method_facts import Facts, Origin
 from ..core.task_gradients import at_least_float32
 
 # %% ../../nbs/03_gradient_balancing/10_mtadam.ipynb #fc9e904c

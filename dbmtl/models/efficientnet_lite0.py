@@ -7,10 +7,10 @@ __all__ = ['LITE0_SHA256', 'LITE0_MEAN', 'LITE0_STD', 'SameConv', 'InvertedResid
            'byte_statistics', 'pooled_features', 'lite0_features']
 
 # %% ../../nbs/08_models/06_efficientnet_lite0.ipynb #4d04868a
+import contextlib
 import functools
 import hashlib
 import io
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.files import write_atomically
-from ..data.image_store import Store, cache_folder
+from ..core.files import cache_folder, write_atomically
+from ..core.progress import progress_bar
+from ..data.image_store import Store
 
 # %% ../../nbs/08_models/06_efficientnet_lite0.ipynb #987e09ff
 class SameConv(nn.Conv2d):
@@ -186,22 +187,25 @@ def pooled_features(
     mean = byte_statistics(LITE0_MEAN, device)
     std = byte_statistics(LITE0_STD, device)
     rows = []
-    for part in _with_bar(images.split(batch_size), progress):
-        x = normalize_images(part.to(device), mean, std)
-        x = x.contiguous(memory_format=torch.channels_last)
-        rows.append(network(x).mean((2, 3)).float().cpu())
+    bar = progress_bar(len(images), "features", unit="image", shown=progress)
+    with _one_thread(), bar as advance:
+        for part in images.split(batch_size):
+            x = normalize_images(part.to(device), mean, std)
+            x = x.contiguous(memory_format=torch.channels_last)
+            rows.append(network(x).mean((2, 3)).float().cpu())
+            advance(len(part))
     return torch.cat(rows)
 
 
-def _with_bar(batches, progress):
-    "A tqdm bar around a list, where one is asked for, or on a terminal; without tqdm, none."
-    if progress is None:
-        progress = sys.stderr.isatty()
-    if not progress or find_spec("tqdm") is None:
-        return batches
-    from tqdm import tqdm
-
-    return tqdm(batches, desc="features", unit="batch", file=sys.stderr, dynamic_ncols=True)
+@contextlib.contextmanager
+def _one_thread():
+    "Two threads divide a sum otherwise than one, and a rounding error can decide an epoch."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 # %% ../../nbs/08_models/06_efficientnet_lite0.ipynb #afe20276
 def lite0_features(

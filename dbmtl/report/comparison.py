@@ -16,8 +16,8 @@ from pathlib import Path
 
 from ..benchmarks.base import get_benchmark
 from ..core.files import write_atomically
-from ..experiments.method_labels import label_of
 from ..experiments.intervals import Interval, interval
+from ..experiments.method_labels import label_of
 from ..experiments.metrics import delta_p, delta_p_per_task, mean_rank
 from dbmtl.experiments.records import (
     above_floor,

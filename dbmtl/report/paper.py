@@ -14,8 +14,8 @@ from importlib.resources import files
 from typing import NamedTuple
 
 from ..core.checks import check_choice
-from ..experiments.metrics import delta_p, delta_p_per_task
 from ..experiments.intervals import delta_p_interval
+from ..experiments.metrics import delta_p, delta_p_per_task
 
 # %% ../../nbs/11_report/02_paper.ipynb #1d8e28b9
 TABLES = {

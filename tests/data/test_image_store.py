@@ -20,15 +20,14 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from torch.testing import assert_close
 
+from dbmtl.core.files import cache_folder
 from dbmtl.data import image_store
 from dbmtl.data.image_store import (
     Item,
     area,
     build_store,
-    cache_folder,
     encode_depth,
     encode_normal,
-    missing,
     nearest,
     open_store,
     read_image,
@@ -205,15 +204,6 @@ def test_image_store_without_pillow_says_what_to_install(tmp_path, monkeypatch):
 def test_image_store_is_imported_without_pillow():
     code = "import sys, dbmtl.data.image_store; assert 'PIL' not in sys.modules"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT)
-
-
-def test_image_store_missing_names_folder_and_recipe(monkeypatch):
-    monkeypatch.delenv("DBMTL_DATA", raising=False)
-    error = missing("Rooms", Path("somewhere"), "Go there.")
-    assert isinstance(error, FileNotFoundError)
-    assert str(error) == "Rooms is not in somewhere (DBMTL_DATA is not set).\nGo there."
-    monkeypatch.setenv("DBMTL_DATA", "elsewhere")
-    assert "DBMTL_DATA is elsewhere" in str(missing("Rooms", Path("somewhere"), "Go there."))
 
 
 # -------------------------------------------------------------------------------- depth and normals
@@ -635,9 +625,8 @@ def test_image_store_builds_where_locks_do_not_work(items, cache, monkeypatch):
 
 
 def test_image_store_public_names():
-    folders = "cache_folder source_folder missing first_twenty"
-    stores = "Item Store StorePlan open_store build_store store_name open_stores build_stores"
+    stores = "first_twenty Item Store StorePlan open_store build_store store_name open_stores build_stores"
     readers = "area nearest read_image read_array check_one_size check_size"
     codes = "dense_fields encode_depth encode_normal"
-    names = " ".join([folders, stores, readers, codes])
+    names = " ".join([stores, readers, codes])
     assert sorted(image_store.__all__) == sorted(names.split())

@@ -5,6 +5,10 @@ import math
 import statistics
 
 import pytest
+from helpers.metrics import problems
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
 from dbmtl.experiments.intervals import (
     Interval,
     delta_p_interval,
@@ -12,10 +16,6 @@ from dbmtl.experiments.intervals import (
     paired_difference,
     student_t,
 )
-from helpers.metrics import problems
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-
 from dbmtl.experiments.metrics import (
     delta_p,
 )

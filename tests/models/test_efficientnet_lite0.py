@@ -135,6 +135,23 @@ def test_lite0_features_are_computed_once_and_do_not_depend_on_the_batches(tmp_p
     assert [path.suffix for path in (tmp_path / "lite0").iterdir()] == [".npy", ".npy"]
 
 
+def test_features_do_not_depend_on_the_number_of_threads():
+    class Threads(nn.Module):
+        def forward(self, x):
+            seen.append(torch.get_num_threads())
+            return x
+
+    seen = []
+    images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        pooled_features(Threads(), images, batch_size=2)
+        assert seen == [1, 1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def probe(train_x, train_y, test_x, test_y, classes):
     """Accuracy of ridge regression on one-hot labels."""
     mean = train_x.mean(0)

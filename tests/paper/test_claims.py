@@ -18,8 +18,8 @@ import scipy.stats
 import torch
 
 from dbmtl.benchmarks.base import get_benchmark
-from dbmtl.experiments.method_labels import parse_method
 from dbmtl.experiments.intervals import Interval
+from dbmtl.experiments.method_labels import parse_method
 from dbmtl.experiments.records import configuration, run_identity
 from dbmtl.report.paper import paper_claims
 from dbmtl.report.style import palette_png, use_style
