@@ -67,8 +67,8 @@ def test_folders_follow_the_environment(monkeypatch):
     assert data_folder() == Path("cache/dbmtl")
     assert cache_folder() == Path("cache/dbmtl/prepared")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(os.path, "expanduser", lambda path: str(path).replace("~", "/home/me"))
-    assert cache_folder() == Path("/home/me/.cache/dbmtl/prepared")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: str(path).replace("~", "/a/user"))
+    assert cache_folder() == Path("/a/user/.cache/dbmtl/prepared")
 
 
 def test_missing_data_names_folder_and_recipe(monkeypatch):
