@@ -16,8 +16,8 @@ def test_gradvac_reaches_the_usual_cosine(float64, gram):
     G = float64([1, 0], [0, 1])
     rho = torch.full((2, 2), 0.6, dtype=D)
     C, after = vaccinate(gram(G), visits(2), rho, beta=0.25)
-    assert_close(C, torch.tensor([[1, 0.75], [0.75, 1]], dtype=D))
-    assert_close(after, torch.tensor([[0.6, 0.45], [0.45, 0.6]], dtype=D))
+    assert_close(C, float64([1, 0.75], [0.75, 1]))
+    assert_close(after, float64([0.6, 0.45], [0.45, 0.6]))
     assert_close(torch.cosine_similarity(C @ G, G.flip(0)), torch.full((2,), 0.6, dtype=D))
 
 
@@ -35,8 +35,8 @@ def test_gradvac_sees_each_pair_as_left_by_the_visit_before(float64, gram):
     G = float64([1, 0, 0], [-1, 1, 0], [-1, 0, 1])
     # g1' = (.5, .5, 0) after task 2; its cosine with g3 is -.5
     C, rho = vaccinate(gram(G), visits(3), torch.zeros(3, 3, dtype=D), beta=1.0)
-    assert_close(rho[0], torch.tensor([0, -(0.5**0.5), -0.5], dtype=D))
-    assert_close(C[0], torch.tensor([1, 0.5, 0.25], dtype=D))
+    assert_close(rho[0], float64(0, -(0.5**0.5), -0.5))
+    assert_close(C[0], float64(1, 0.5, 0.25))
 
 
 def test_gradvac_groups(draw):
@@ -94,9 +94,9 @@ def test_gradvac_zero_and_cancelled_gradients_teach_nothing(float64, gram):
 
 def test_gradvac_first_step_is_pcgrad(float64, gram):
     G = float64([1, 0], [-1, 1])
-    assert_close(GradVac(eps=0)(gram(G), None), torch.tensor([2.0, 1.5], dtype=D))
+    assert_close(GradVac(eps=0)(gram(G), None), float64(2.0, 1.5))
     by_tensor = GradVac(eps=0, group="tensor")(gram(G)[None], None, [0])
-    assert_close(by_tensor, torch.tensor([[2.0], [1.5]], dtype=D))
+    assert_close(by_tensor, float64([2.0], [1.5]))
 
 
 def test_gradvac_opposite_gradients_cancel_and_are_passed_over_whatever_the_rounding(draw, gram):

@@ -97,13 +97,13 @@ def test_moco_memory_fades_where_no_gradient_comes_and_counts_in_the_weights():
     assert method.positions() == {1, 3}
 
 
-def test_moco_projected_onto_the_simplex_ends_at_the_shortest_vector(task_rows):
-    J = torch.tensor([[1.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
+def test_moco_projected_onto_the_simplex_ends_at_the_shortest_vector(task_rows, float64):
+    J = float64([1.0, 0.0], [0.0, 3.0])
     method = MoCo(normalize=False, projection="simplex", b=1.0, b_decay=0.0, c_decay=0.0)
     for _ in range(300):
         direction = method(task_rows(J), torch.ones(2).double())
-    assert_close(direction, [torch.tensor([0.9, 0.3], dtype=torch.float64)])
-    assert_close(method.memory["lambda"], torch.tensor([0.9, 0.1], dtype=torch.float64))
+    assert_close(direction, [float64(0.9, 0.3)])
+    assert_close(method.memory["lambda"], float64(0.9, 0.1))
 
 
 def test_moco_direction_does_not_see_the_scale_of_gradients_but_that_of_losses(

@@ -110,9 +110,9 @@ def test_weights_do_not_change_when_all_losses_are_rescaled(maker, factor, draw,
 
 
 @pytest.mark.parametrize("weights_of", [impartial_weights, conflict_free_weights])
-def test_rescaling_a_loss_keeps_the_direction_of_equal_angles(weights_of, draw, gram):
+def test_rescaling_a_loss_keeps_the_direction_of_equal_angles(weights_of, draw, gram, float64):
     G = draw(4, 9, seed=30, mean=0.3)
-    scaled = torch.tensor([1, 1e3, 1e-3, 5], dtype=D)[:, None] * G
+    scaled = float64(1, 1e3, 1e-3, 5)[:, None] * G
     before = weights_of(gram(G)) @ G
     after = weights_of(gram(scaled)) @ scaled
     assert_close(torch.cosine_similarity(before, after, dim=0).abs().item(), 1.0)
