@@ -84,7 +84,8 @@ def test_cityscapes_paper_scale_is_the_published_one():
 
 @pytest.mark.parametrize("name", ["gpu", "paper"])
 def test_cityscapes_scratch_scales_differ_in_their_weights_alone(name):
-    scale, scratch = BENCHMARK.scale(name), BENCHMARK.scale(f"{name}-scratch")
+    scale = BENCHMARK.scale(name)
+    scratch = BENCHMARK.scale(f"{name}-scratch")
     assert scale.extra["weights"] == "imagenet"
     assert replace(scale, extra={**scale.extra, "weights": "none"}) == scratch
 
@@ -102,7 +103,8 @@ def test_cityscapes_scales_say_where_images_come_from():
 
 
 def test_cityscapes_generated_data_do_not_depend_on_the_seed_and_say_what_they_are():
-    data, again = load(TINY, seed=0), load(TINY, seed=1)
+    data = load(TINY, seed=0)
+    again = load(TINY, seed=1)
     every = torch.arange(9)
     images, targets = data.train.batch(every)
     torch.testing.assert_close(images, again.train.batch(every)[0], rtol=0, atol=0)
@@ -151,10 +153,8 @@ def test_cityscapes_floors_by_hand(archive):
 
 
 def test_cityscapes_subsets_of_real_images_are_fixed(archive):
-    data, again = (
-        load(real(train_size=4, eval_size=2)),
-        load(real(train_size=4, eval_size=2), seed=3),
-    )
+    data = load(real(train_size=4, eval_size=2))
+    again = load(real(train_size=4, eval_size=2), seed=3)
     images = data.train.batch(torch.arange(4))[0]
     torch.testing.assert_close(images, again.train.batch(torch.arange(4))[0], rtol=0, atol=0)
     assert len({float(image.mean()) for image in images}) == 4 and len(data.test) == 2

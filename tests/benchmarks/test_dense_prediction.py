@@ -65,7 +65,8 @@ def make(count, classes, size, void=0.2, dtype=torch.float32, seed=0, use=None):
 
 def slow_pixels(prediction, target, is_valid):
     """Pairs of vectors, one a valid pixel, in float64."""
-    prediction, target = prediction.double().numpy(), target.numpy()
+    prediction = prediction.double().numpy()
+    target = target.numpy()
     for b in range(len(prediction)):
         for i in range(prediction.shape[2]):
             for j in range(prediction.shape[3]):
@@ -201,10 +202,8 @@ def test_a_batch_without_a_known_pixel_has_loss_and_gradient_zero(name):
 
 
 def test_depth_at_an_invalid_pixel_may_be_anything():
-    y, p = (
-        torch.tensor([2.0, 0.0]).view(1, 1, 1, 2),
-        torch.tensor([2.5, math.nan]).view(1, 1, 1, 2).requires_grad_(),
-    )
+    y = torch.tensor([2.0, 0.0]).view(1, 1, 1, 2)
+    p = torch.tensor([2.5, math.nan]).view(1, 1, 1, 2).requires_grad_()
     loss = depth_loss(p, y)
     assert loss == 0.5 and torch.autograd.grad(loss, p)[0].flatten().tolist() == [1, 0]
     meter = DepthMeter()
@@ -396,7 +395,8 @@ def test_the_reading_test_can_fail():
 def test_losses_and_meters_never_read_from_the_device(name):
     guess, target = make(2, 3, (4, 4))
     (task,) = dense_tasks([name], classes=3)
-    meter, p = task.meter(), guess[name].requires_grad_()
+    meter = task.meter()
+    p = guess[name].requires_grad_()
     with Operations() as seen:
         task.loss(p, target[name]).backward()
         with torch.no_grad():
@@ -464,7 +464,9 @@ def split_of(seed, void=0.2):
 
 @pytest.mark.parametrize("batch, void", [(2, 0.2), (7, 0.7), (100, 0.2)])
 def test_floors_are_the_metrics_of_the_training_constants(batch, void):
-    train, test, tasks = split_of(1, void), split_of(2), dense_tasks(classes=4)
+    train = split_of(1, void)
+    test = split_of(2)
+    tasks = dense_tasks(classes=4)
     y = {name: target.double().numpy() for name, target in train.targets.items()}
     labels = y["segmentation"][y["segmentation"] != 255].astype(int)
     normals = y["normal"].transpose(0, 2, 3, 1).reshape(-1, 3)
@@ -497,8 +499,10 @@ def test_cuda_gives_the_same_numbers_without_a_synchronization():
     guess, target = make(3, 5, (20, 30))
     for task in dense_tasks(classes=5):
         p, y = guess[task.name], target[task.name]
-        expected, meter = streamed(task, p, y, 3), task.meter()
-        p, y = p.cuda().requires_grad_(), y.cuda()
+        expected = streamed(task, p, y, 3)
+        meter = task.meter()
+        p = p.cuda().requires_grad_()
+        y = y.cuda()
         torch.cuda.set_sync_debug_mode("error")
         try:
             loss = task.loss(p, y)

@@ -31,7 +31,8 @@ from dbmtl.models.precision import efficient
 from dbmtl.models.segnet import SegNet
 from dbmtl.report.paper import paper_directions
 
-SMOKE, AUGMENTED = scales()["smoke"], scales(segnet=True)["smoke"]
+SMOKE = scales()["smoke"]
+AUGMENTED = scales(segnet=True)["smoke"]
 RESNETS = [name for name in NETWORKS if name != "nyuv2-segnet"]
 LISTS = [
     "nyuv2-segnet",
@@ -135,7 +136,8 @@ def test_nyuv2_other_scales(name):
     if name == "nyuv2-segnet":
         return
     for key in ("gpu", "paper"):
-        scale, scratch = benchmark.scale(key), benchmark.scale(f"{key}-scratch")
+        scale = benchmark.scale(key)
+        scratch = benchmark.scale(f"{key}-scratch")
         assert scale.extra["weights"] == "imagenet" and scratch == with_extra(scale, weights="none")
 
 
@@ -210,7 +212,8 @@ def test_nyuv2_refuses_unknown_choices(key, value):
 @each_network
 @pytest.mark.parametrize("task", OUTPUTS)
 def test_nyuv2_single_task_networks_have_the_heads_of_the_whole_network(name, task, rooms):
-    benchmark, scale = get_benchmark(name), get_benchmark(name).scale("smoke")
+    benchmark = get_benchmark(name)
+    scale = benchmark.scale("smoke")
     alone, whole = (make_network(name, scale, None, names) for names in ([task], list(OUTPUTS)))
 
     def shapes_of_the_task(network):

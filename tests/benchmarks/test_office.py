@@ -151,7 +151,8 @@ def test_office_batch_norm_sees_one_domain_a_pass_in_training_and_the_mixture_in
     torch.manual_seed(0)
     network = OfficeNet(["a", "b"], 3, "lite0-frozen").train()
     network.trunk.block[3].p = 0.0
-    a, b = normal(32, 1280), 2 * normal(32, 1280, seed=1) + 5
+    a = normal(32, 1280)
+    b = 2 * normal(32, 1280, seed=1) + 5
     alone = network(a, "a")
     network(b, "b")
     assert_close(
@@ -167,9 +168,11 @@ def test_office_batch_norm_sees_one_domain_a_pass_in_training_and_the_mixture_in
     linear, norm = fresh.trunk.block[:2]
     features = [linear(x).detach() for x in (a, b)]
     fresh(a, "a"), fresh(b, "b")
-    mean, var = torch.zeros(512), torch.ones(512)
+    mean = torch.zeros(512)
+    var = torch.ones(512)
     for z in features:
-        mean, var = 0.9 * mean + 0.1 * z.mean(0), 0.9 * var + 0.1 * z.var(0)
+        mean = 0.9 * mean + 0.1 * z.mean(0)
+        var = 0.9 * var + 0.1 * z.var(0)
     assert_close(norm.running_mean, mean)
     assert_close(norm.running_var, var)
     fresh.eval()

@@ -64,7 +64,8 @@ def test_qm9_z_scores_come_from_the_training_molecules_in_use(sample, qm9):
 
 
 def test_qm9_subsets_are_fixed_disjoint_and_random(sample):
-    small, large = subset(sample.train, 100), subset(sample.train, 1024)
+    small = subset(sample.train, 100)
+    large = subset(sample.train, 1024)
     assert_close(small, large[:100], rtol=0, atol=0)
     assert len(large.unique()) == 1024
     sizes = sample.molecules.size.double()

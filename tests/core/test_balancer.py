@@ -163,7 +163,12 @@ def test_loss_only_is_the_backward_of_the_log_losses(grads):
     [("DB-MTL", lambda loss: (loss + 1e-8).log()), ("gradient-only", lambda loss: loss)],
 )
 def test_heads_get_the_gradient_of_the_sum_of_transformed_losses(method, transform):
-    model, h, total = net(), 1e-6, lambda: sum(transform(loss) for loss in model.losses()).item()
+    model = net()
+    h = 1e-6
+
+    def total():
+        return sum(transform(loss) for loss in model.losses()).item()
+
     make_balancer(method, shared=model.trunk, num_tasks=3).backward(model.losses())
     for p in model.heads.parameters():
         for i in range(p.numel()):
@@ -193,7 +198,8 @@ def fixed_weights(kind, values, weights_heads):
 @pytest.mark.parametrize("kind", [LossWeighting, NormAggregator, GramianAggregator])
 @pytest.mark.parametrize("weights_heads", [False, True])
 def test_heads_are_weighted_only_where_the_method_says_so(weights_heads, kind, ema):
-    model, plain = net(), net()
+    model = net()
+    plain = net()
     values = [2.0, 0.5, 3.0]
     aggregator = fixed_weights(kind, values, weights_heads)
     ema = None if ema is None else EMA(ema, 0.0)
@@ -214,10 +220,12 @@ def test_two_parameters_with_one_gradient_do_not_share_memory():
     class Twins(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+            self.a = nn.Parameter(torch.ones(3))
+            self.b = nn.Parameter(torch.ones(3))
 
     for method in method_names():
-        trunk, head = Twins(), Twins()
+        trunk = Twins()
+        head = Twins()
         balancer = make_balancer(method, shared=trunk, num_tasks=2)
         zs = [(trunk.a + trunk.b)[None] for _ in range(balancer.aggregator.num_batches)]
         batches = [[(z + head.a + head.b).square().sum(), z.square().mean()] for z in zs]
@@ -314,7 +322,8 @@ def test_a_parameter_that_one_task_does_not_reach():
 
 @pytest.mark.parametrize("grads", MODES)
 def test_a_task_with_a_zero_gradient_does_nothing(grads):
-    model, other = net(), net()
+    model = net()
+    other = net()
     balancer = DBMTL(shared=model.trunk, num_tasks=3, grads=grads)
     losses = model.losses()
     losses[1] = losses[1] * 0.0
@@ -328,7 +337,8 @@ def test_a_task_with_a_zero_gradient_does_nothing(grads):
 
 @pytest.mark.parametrize("method", method_names())
 def test_one_task(method):
-    model, plain = net(1), net(1)
+    model = net(1)
+    plain = net(1)
     balancer = make_balancer(method, shared=model.trunk, num_tasks=1)
     batches, options = asked(balancer, model)
     balancer.backward(*batches, **options)
@@ -437,7 +447,8 @@ def test_learned_scales_join_an_optimizer():
     sgd.add_param_group({"params": balancer.parameters(), "lr": 0.1})
     (s,) = balancer.parameters()
     for seed in range(5):
-        before, losses = s.detach().clone(), model.losses(seed)
+        before = s.detach().clone()
+        losses = model.losses(seed)
         balancer.backward(losses)
         assert_close(
             s.grad,

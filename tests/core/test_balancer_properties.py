@@ -95,12 +95,14 @@ def test_gradients_are_finite_at_every_scale(kinds, shapes, seed, dtype, method)
 @quick
 @given(tasks, shapes, st.integers(0, 99), st.randoms(use_true_random=False))
 def test_dbmtl_permutes_its_weights_with_the_tasks(kinds, shapes, seed, random):
-    problem, order = Problem([(s, "own") for s, _ in kinds], shapes, seed), list(range(len(kinds)))
+    problem = Problem([(s, "own") for s, _ in kinds], shapes, seed)
+    order = list(range(len(kinds)))
     random.shuffle(order)
     moved = copy.deepcopy(problem)
     moved.kinds, moved.mix = [problem.kinds[t] for t in order], [problem.mix[t] for t in order]
     moved.heads = nn.ParameterList(problem.heads[t] for t in order)
-    (expected, first), (found, second) = balanced(problem), balanced(moved)
+    expected, first = balanced(problem)
+    found, second = balanced(moved)
     assert_close(second.weights, first.weights[order], rtol=1e-9, atol=0)
     P = len(problem.trunk)
     assert_close(found[:P], expected[:P], rtol=1e-9, atol=1e-12)

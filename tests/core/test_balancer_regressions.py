@@ -54,7 +54,8 @@ def test_accumulate_with_a_task_left_out_names_the_right_task():
 def test_a_first_step_that_is_refused_leaves_no_description():
     model = net()
     balancer = DBMTL(shared=model["trunk"], num_tasks=2)
-    before, losses = balancer.describe(), losses_of(model)
+    before = balancer.describe()
+    losses = losses_of(model)
     with pytest.raises(FloatingPointError, match="task 'b'"):
         balancer.backward({"a": losses["a"], "b": losses["b"] * float("nan")})
     assert balancer.describe() == before and "known after" in before
@@ -81,7 +82,8 @@ def test_an_aggregator_that_raises_leaves_the_average_alone():
 class HalfUsed(Transform):
     def __init__(self):
         super().__init__()
-        self.used, self.unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+        self.used = nn.Parameter(torch.ones(2))
+        self.unused = nn.Parameter(torch.ones(2))
 
     def forward(self, losses):
         return self.used * losses
@@ -148,7 +150,8 @@ def test_sparse_gradients_are_refused_in_words():
 
 @pytest.mark.filterwarnings("error")
 def test_an_input_that_asks_for_gradients_is_no_forgotten_layer():
-    model, x = net(), torch.ones(2, 3, requires_grad=True)
+    model = net()
+    x = torch.ones(2, 3, requires_grad=True)
     z = model["trunk"](x)
     DBMTL(shared=model["trunk"], num_tasks=2).backward([model[n](z).square().sum() for n in "ab"])
     assert x.grad is not None
@@ -187,7 +190,8 @@ def test_describe_counts_tasks_and_not_commas():
 
 
 def test_a_step_inside_autocast_is_the_step_outside():
-    plain, cast = net(), net()
+    plain = net()
+    cast = net()
     for model, enabled in ((plain, False), (cast, True)):
         balancer = make_balancer("MGDA", shared=model["trunk"], num_tasks=2)
         losses = {name: 1e4 * loss for name, loss in losses_of(model).items()}
@@ -200,7 +204,8 @@ def test_a_step_inside_autocast_is_the_step_outside():
 
 
 def test_what_is_held_of_half_precision_gradients_does_not_overflow():
-    whole, pieces = net().half(), net().half()
+    whole = net().half()
+    pieces = net().half()
     x = torch.linspace(-1, 1, 15).view(5, 3).half()
 
     def losses(model):
@@ -260,7 +265,8 @@ def test_a_direction_that_is_a_row_shares_no_memory_with_the_average():
 
 
 def test_the_average_of_bfloat16_gradients_is_kept_in_float32():
-    theta, ema = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)), EMA(0.99, 0)
+    theta = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    ema = EMA(0.99, 0)
     balancer = Balancer(Identity(), Sum(), shared=[theta], num_tasks=1, ema=ema)
     for _ in range(1500):
         theta.grad = None
@@ -274,7 +280,8 @@ def test_gramians_of_tiny_and_huge_float32_gradients(method, scale):
     directions = []
     for factor in (1.0, scale):
         theta = nn.Parameter(torch.zeros(3))
-        a, b = torch.tensor([1.0, 2.0, 0.5]) * factor, torch.tensor([-1.0, 0.3, 1.0]) * factor
+        a = torch.tensor([1.0, 2.0, 0.5]) * factor
+        b = torch.tensor([-1.0, 0.3, 1.0]) * factor
         balancer = make_balancer(method, shared=[theta], num_tasks=2)
         balancer.backward([(a * theta).sum() + 1, (b * theta).sum() + 1])
         g = theta.grad.double()
@@ -350,10 +357,8 @@ def test_counting_draws_no_random_numbers():
 def test_an_average_is_kept_on_a_device_that_the_host_must_not_read(name):
     """The branch of accelerators, on a device without numbers: the first step used to be a
     TypeError."""
-    trunk, heads = (
-        torch.nn.Linear(4, 3, device="meta"),
-        [torch.nn.Linear(3, 1, device="meta") for _ in range(2)],
-    )
+    trunk = torch.nn.Linear(4, 3, device="meta")
+    heads = [torch.nn.Linear(3, 1, device="meta") for _ in range(2)]
     balancer = make_balancer(name, shared=trunk, num_tasks=2, check="later")
     for _ in range(2):
         z = trunk(torch.empty(5, 4, device="meta"))

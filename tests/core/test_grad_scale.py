@@ -68,7 +68,8 @@ def test_a_scaler_changes_nothing_in_float32(method, accumulate):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_hold_the_factor_as_after_scaler_scale(method):
-    scaled, plain = net(), net()
+    scaled = net()
+    plain = net()
     make_balancer(method, shared=scaled["trunk"], num_tasks=3).backward(
         losses_of(scaled, 0), scaler=GradScaler("cpu", 1024.0)
     )
@@ -111,7 +112,8 @@ def test_an_overflow_is_skipped_and_the_average_stays(accumulate):
 def test_a_real_overflow_of_float16_is_skipped():
     """float16 parameters and a factor of 2^24: the cotangents overflow in the half-precision
     layers."""
-    model, scaler = net(torch.float16), GradScaler("cpu", 2.0**24, backoff_factor=2.0**-20)
+    model = net(torch.float16)
+    scaler = GradScaler("cpu", 2.0**24, backoff_factor=2.0**-20)
     balancer = DBMTL(shared=model["trunk"], num_tasks=3)
     master = torch.optim.SGD(model.parameters(), 1e-3)
     before = [p.detach().clone() for p in model.parameters()]
@@ -130,7 +132,8 @@ def test_a_real_overflow_of_float16_is_skipped():
 @pytest.mark.parametrize("scale", [None, 64.0])
 @pytest.mark.parametrize("method", METHODS)
 def test_float16_parameters_follow_float32(method, scale):
-    half, plain = net(torch.float16), net()
+    half = net(torch.float16)
+    plain = net()
     scaler = None if scale is None else GradScaler("cpu", scale)
     make_balancer(method, shared=half["trunk"], num_tasks=3).backward(
         losses_of(half, 0), scaler=scaler
@@ -151,7 +154,8 @@ def test_norms_and_averages_of_half_gradients_are_float32_behind_a_scaler():
 
 @pytest.mark.parametrize("method", ["EW", "DB-MTL"])
 def test_autocast_to_bfloat16(method):
-    model, plain = net(), net()
+    model = net()
+    plain = net()
     with torch.autocast("cpu", torch.bfloat16):
         losses = losses_of(model, 0)
     make_balancer(method, shared=model["trunk"], num_tasks=3).backward(losses)

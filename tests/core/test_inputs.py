@@ -354,7 +354,8 @@ def test_sharded_parameters_are_refused(name):
 
 @pytest.mark.parametrize("method", ["EW", "DB-MTL"])
 def test_reentrant_checkpoints_are_refused_and_the_others_work(method):
-    model, plain = net(), net()
+    model = net()
+    plain = net()
     x = torch.randn(6, 4, dtype=torch.float64)
 
     def losses(reentrant):

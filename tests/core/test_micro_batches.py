@@ -143,10 +143,10 @@ def test_the_number_of_images_is_a_wrong_size_by_tens_of_percent():
 
 def test_one_micro_batch_is_an_ordinary_step():
     for method in METHODS:
-        model, other = net(), net()
-        balancer, plain = (
-            make_balancer(method, shared=m.trunk, num_tasks=3) for m in (model, other)
-        )
+        model = net()
+        other = net()
+        balancer = make_balancer(method, shared=model.trunk, num_tasks=3)
+        plain = make_balancer(method, shared=other.trunk, num_tasks=3)
         data = batch(partial=False)
         balancer.accumulate(model.losses(*data), 7)
         balancer.backward()

@@ -165,19 +165,20 @@ def case(name, dtype=torch.float64):
 @pytest.mark.parametrize("name", ZOO)
 def test_task_gradients_equal_one_plain_pass_each(name, grads):
     net, x = case(name)
-    shared, rest = list(net.trunk.parameters()), list(net.heads.parameters())
+    shared = list(net.trunk.parameters())
+    of_heads = list(net.heads.parameters())
     losses = net(x)
     cotangents = torch.linspace(0.5, 2, len(losses), dtype=torch.float64)
     expected = [
-        torch.autograd.grad(c * loss, shared + rest, retain_graph=True, materialize_grads=True)
+        torch.autograd.grad(c * loss, shared + of_heads, retain_graph=True, materialize_grads=True)
         for c, loss in zip(cotangents, losses, strict=True)
     ]
     found = task_gradients(losses, net.trunk, cotangents, grads=grads)
     assert len(found.shared) == len(found.heads) == len(losses)
     for row, heads, right in zip(found.shared, found.heads, expected, strict=True):
         assert_close(row, list(right[: len(shared)]), rtol=1e-12, atol=1e-14)
-        assert set(heads) <= set(rest)
-        for p, g in zip(rest, right[len(shared) :], strict=True):
+        assert set(heads) <= set(of_heads)
+        for p, g in zip(of_heads, right[len(shared) :], strict=True):
             assert_close(heads.get(p, torch.zeros_like(p)), g, rtol=1e-12, atol=1e-14)
 
 

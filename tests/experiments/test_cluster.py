@@ -45,20 +45,19 @@ class Script:
     """A back end without workers: each run's outcomes in order; None ends when the sign is gone."""
 
     def __init__(self, outcomes, begun=True):
-        self.outcomes, self.begun, self.sent, self.cancelled, self.most, self.open = (
-            outcomes,
-            begun,
-            [],
-            [],
-            0,
-            {},
-        )
+        self.outcomes = outcomes
+        self.begun = begun
+        self.sent = []
+        self.cancelled = []
+        self.most = 0
+        self.open = {}
 
     def send(self, function, arguments, folder, name, variables):
         assert function is run_remotely
         self.sent.append(name)
         self.open[name] = self.outcomes[int(name.split("-")[0])].pop(0)
-        self.folder, self.most = Path(folder), max(self.most, len(self.open))
+        self.folder = Path(folder)
+        self.most = max(self.most, len(self.open))
         if self.begun:
             (self.folder / f"{name}-0.mark").touch()
         return name
@@ -156,7 +155,10 @@ def test_a_stop_takes_back_what_has_not_begun_and_waits_for_the_rest(tmp_path, w
             (script.folder / "1-1-0.mark").touch()
         return len(asked) > 5
 
-    options = {"stop": now} if why == "stop" else {"left": lambda: -1.0 if now() else 60.0}
+    def seconds_left():
+        return -1.0 if now() else 60.0
+
+    options = {"stop": {"stop": now}, "time": {"left": seconds_left}}[why]
     ended = swept(script, tmp_path, **options)
     assert (
         script.cancelled == ["0-1", "2-1"]
@@ -332,7 +334,9 @@ class Threads:
     """Two workers that are threads; the runs in `lost` are lost once, after they have ended."""
 
     def __init__(self, lost=()):
-        self.pool, self.lost, self.names, self.closed = ThreadPoolExecutor(2), set(lost), {}, False
+        self.pool = ThreadPoolExecutor(2)
+        self.lost = set(lost)
+        self.names = {}
 
     def send(self, function, *arguments):
         handle = self.pool.submit(function, *arguments)
@@ -530,12 +534,10 @@ def ray_cluster(folder, environment):
             processes(environment | {"RAY_agent_register_timeout_ms": "100000"})
         )
         for _ in range(3):  # Ray gives itself 30 seconds, which a busy machine may not
-            own, port = (
-                tempfile.mkdtemp(prefix="ray"),
-                free_port(),
-            )  # short: a socket's path may not be long
-            stack.callback(shutil.rmtree, own, ignore_errors=True)
-            line = [*words.split(), "--port", port, "--temp-dir", own]
+            folder_of_ray = tempfile.mkdtemp(prefix="ray")  # a socket's path may not be long
+            stack.callback(shutil.rmtree, folder_of_ray, ignore_errors=True)
+            port = free_port()
+            line = [*words.split(), "--port", port, "--temp-dir", folder_of_ray]
             for agent in (
                 "dashboard-agent-grpc",
                 "dashboard-agent-listen",
@@ -623,7 +625,8 @@ def test_a_real_cluster_is_stopped_continued_and_loses_a_worker(name, tmp_path):
             and not list(out.glob("*.json"))
         )
 
-        process, before = sweep(name, out, plain | found), len(events(log))
+        process = sweep(name, out, plain | found)
+        before = len(events(log))
         stores = until(
             lambda: (
                 [e for e in events(log)[before:] if e[1] == "store"] or process.poll() is not None
@@ -638,7 +641,8 @@ def test_a_real_cluster_is_stopped_continued_and_loses_a_worker(name, tmp_path):
         assert process.returncode == 0, errors
         assert shown.count("done now") == 3, shown
 
-    records, expected = read_records(out), run_all("toy", ["EW"], [0, 1, 2], out=tmp_path / "one")
+    records = read_records(out)
+    expected = run_all("toy", ["EW"], [0, 1, 2], out=tmp_path / "one")
     assert not list(out.glob("checkpoints/cluster-*")) and not list(out.glob("checkpoints/*.pt*"))
     for record, alone in zip(
         sorted(records, key=lambda r: r["config"]["seed"]), expected, strict=True

@@ -41,15 +41,14 @@ def test_every_epoch_has_another_order_and_every_seed_too():
 
 def test_equal_weighting_is_plain_training(tmp_path):
     """The loop against ten lines of PyTorch that do the same."""
-    scale, data = toy.scale("smoke"), toy.load(toy.scale("smoke"))
+    scale = toy.scale("smoke")
+    data = toy.load(scale)
     record = train(toy, "EW", seed=5, out=tmp_path, data=data)
     torch.manual_seed(5)
     model = toy.network(scale, data, toy.task_names)
-    optimizer, order, means = (
-        toy.optimizer(model.parameters(), scale),
-        torch.Generator().manual_seed(5),
-        [],
-    )
+    optimizer = toy.optimizer(model.parameters(), scale)
+    order = torch.Generator().manual_seed(5)
+    means = []
     for _ in range(scale.epochs):
         total = torch.zeros(3, dtype=torch.float64)
         for index in torch.randperm(90, generator=order).split(16):

@@ -82,7 +82,8 @@ def test_delta_p_changes_sign_with_every_direction(problem):
 @given(problems())
 def test_delta_p_lies_between_worst_and_best_task(problem):
     ways, ours, base = problem
-    parts, (task, worst) = delta_p_per_task(ours, base, ways), worst_task(ours, base, ways)
+    parts = delta_p_per_task(ours, base, ways)
+    task, worst = worst_task(ours, base, ways)
     assert parts[task] == worst == min(parts.values())
     assert worst - 1e-9 <= delta_p(ours, base, ways) <= max(parts.values()) + 1e-9
 

@@ -51,7 +51,8 @@ def test_identity_changes_with_every_field_of_the_configuration():
 
 
 def test_identity_changes_with_every_field_of_the_scale():
-    scale, seen = toy.scale("smoke"), set()
+    scale = toy.scale("smoke")
+    seen = set()
     for field in fields(Scale):
         value = getattr(scale, field.name)
         other = {"new": 1} if isinstance(value, dict) else value + 1

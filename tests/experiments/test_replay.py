@@ -64,7 +64,8 @@ def test_the_sizes_are_those_of_the_record(tmp_path):
 
 def test_a_replay_leaves_threads_and_random_state_alone(record):
     torch.manual_seed(1)
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    state = torch.get_rng_state()
+    threads = torch.get_num_threads()
     replay(record | {"threads": threads + 1})
     assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads() == threads
 

@@ -314,11 +314,9 @@ def test_missing_data_are_told_without_a_traceback(tmp_path, jobs):
     program = command(
         "--benchmark", "qm9", "--methods", "EW", "--scale", "gpu", "--device", "cpu", "--jobs", jobs
     )
-    program, elsewhere = (
-        [*program, "--out", str(tmp_path)],
-        os.environ | {"DBMTL_DATA": str(tmp_path)},
-    )
-    done = subprocess.run(program, env=elsewhere, capture_output=True, text=True)
+    program += ["--out", str(tmp_path)]
+    without_data = os.environ | {"DBMTL_DATA": str(tmp_path)}
+    done = subprocess.run(program, env=without_data, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert (
         done.stderr.startswith("python -m dbmtl.run: error: ")

@@ -9,20 +9,8 @@ from dbmtl.gradient_balancing.aligned_mtl import AlignedMTL, aligned_weights
 D = torch.float64
 
 
-def draw(*shape, seed=0, mean=0.0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=D) + mean
-
-
-def rows(*vectors):
-    return torch.tensor(vectors, dtype=D)
-
-
-def gram(G):
-    return G @ G.T
-
-
 @pytest.mark.parametrize("scale", ["min", "median", "rmse"])
-def test_aligned_gradients_are_orthogonal_and_of_one_length(scale):
+def test_aligned_gradients_are_orthogonal_and_of_one_length(scale, draw, gram):
     G = draw(6, 15, seed=40) * torch.logspace(-1, 2, 6, dtype=D)[:, None]
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
     lower_median = S[3]  # of six, in falling order
@@ -34,16 +22,16 @@ def test_aligned_gradients_are_orthogonal_and_of_one_length(scale):
     assert_close(6 * AlignedMTL(scale, "mean")(gram(G), losses), AlignedMTL(scale)(gram(G), losses))
 
 
-def test_aligned_by_hand_rank_and_tolerance():
-    assert_close(aligned_weights(gram(rows([3, 0], [0, 4]))), torch.tensor([1, 0.75], dtype=D))
-    assert_close(aligned_weights(gram(rows([1, 2], [-3, -6]))), torch.tensor([-0.2, 0.6], dtype=D))
+def test_aligned_by_hand_rank_and_tolerance(float64, gram):
+    assert_close(aligned_weights(gram(float64([3, 0], [0, 4]))), float64(1, 0.75))
+    assert_close(aligned_weights(gram(float64([1, 2], [-3, -6]))), float64(-0.2, 0.6))
     assert_close(AlignedMTL()(torch.zeros(3, 3, dtype=D), None), torch.ones(3, dtype=D))
     mean_of_zeros = AlignedMTL(reduction="mean")(torch.zeros(2, 2, dtype=D), None)
     assert_close(mean_of_zeros, torch.full((2,), 0.5, dtype=D))
-    M = gram(rows([1, 0], [0, 1e-4]))  # the second eigenvalue is 1e-8
-    assert_close(AlignedMTL()(M, torch.ones(2)), torch.tensor([1.0, 0.0], dtype=D))
-    assert_close(AlignedMTL()(M, torch.ones(2, dtype=D)), torch.tensor([1.0, 0.0], dtype=D))
-    assert_close(AlignedMTL(rtol=2.2e-16)(M, torch.ones(2)), torch.tensor([1e-4, 1.0], dtype=D))
+    M = gram(float64([1, 0], [0, 1e-4]))  # the second eigenvalue is 1e-8
+    assert_close(AlignedMTL()(M, torch.ones(2)), float64(1.0, 0.0))
+    assert_close(AlignedMTL()(M, torch.ones(2, dtype=D)), float64(1.0, 0.0))
+    assert_close(AlignedMTL(rtol=2.2e-16)(M, torch.ones(2)), float64(1e-4, 1.0))
 
 
 @pytest.mark.parametrize("T", [2, 3, 11])
@@ -57,11 +45,6 @@ def test_aligned_drops_a_gradient_below_the_root_of_the_tolerance(T):
 @pytest.mark.parametrize(
     "options, argument",
     [
-        ({"rtol": -1}, "rtol"),
-        ({"rtol": float("inf")}, "rtol"),
-        ({"rtol": float("nan")}, "rtol"),
-        ({"rtol": None}, "rtol"),
-        ({"rtol": "1e-7"}, "rtol"),
         ({"scale": "max"}, "scale"),
         ({"scale": ["min"]}, "scale"),
         ({"scale": None}, "scale"),

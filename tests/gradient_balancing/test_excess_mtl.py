@@ -5,7 +5,6 @@ import math
 import numpy
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 from dbmtl.core.balancer import Balancer
@@ -21,18 +20,6 @@ BAD = [
     ("eps", 0.0),
     ("eps", math.inf),
 ]
-
-
-def jacobians(T, steps=5, d=12, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    J = torch.randn(steps, 2, T, d, generator=generator, dtype=torch.float64)
-    return J[:, 0]
-
-
-def rows_of(J, cut=None):
-    if cut is None:
-        return [[row] for row in J]
-    return [[row[:cut].clone(), row[cut:].clone()] for row in J]
 
 
 def excess_by_formula(G, step_size):
@@ -54,11 +41,11 @@ def excess_by_formula(G, step_size):
 
 @pytest.mark.parametrize("T", [1, 2, 5])
 @pytest.mark.parametrize("step_size", [0.01, 1.0])
-def test_excess_weights_are_their_formula(T, step_size):
-    G = jacobians(T)
+def test_excess_weights_are_their_formula(T, step_size, jacobians, task_rows):
+    G = jacobians(T)[:, 0]
     method = ExcessMTL(step_size)
     for J in G:
-        w = method(rows_of(J, 5), torch.ones(T).double(), [0, 1])
+        w = method(task_rows(J, 5), torch.ones(T).double(), [0, 1])
     assert_close(w, torch.tensor(excess_by_formula(G.numpy(), step_size)), rtol=1e-10, atol=0)
 
 
@@ -116,20 +103,8 @@ def test_excess_does_not_overflow():
     assert w.isfinite().all() and abs(w.sum().item() - 3) < 1e-5
 
 
-def network():
-    torch.manual_seed(0)
-    sizes = {"trunk": (3, 4), "a": (4, 1), "b": (4, 1)}
-    return nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}).double()
-
-
-def losses_of(net, seed):
-    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(seed)).double()
-    z = net["trunk"](x).tanh()
-    return [(net["a"](z) - 1).square().mean(), (3 * net["b"](z) + 2).square().mean()]
-
-
 @pytest.mark.parametrize("weights_heads", [True, False])
-def test_excess_weights_reach_the_heads(weights_heads):
+def test_excess_weights_reach_the_heads(weights_heads, network, losses_of):
     net = network()
     method = ExcessMTL(1.0, weights_heads=weights_heads)
     balancer = Balancer(Identity(), method, shared=net["trunk"], num_tasks=2)

@@ -9,10 +9,6 @@ from dbmtl.gradient_balancing.graddrop import GradDrop, GradDropFeatures, batch_
 D = torch.float64
 
 
-def draw(*shape, seed=0, mean=0.0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=D) + mean
-
-
 def test_graddrop_keeps_what_all_agree_on_for_every_random_number():
     for sign in (-1.0, 1.0):
         for u in (0.0, 0.5, 1 - 2**-24):
@@ -21,7 +17,7 @@ def test_graddrop_keeps_what_all_agree_on_for_every_random_number():
     assert not torch.stack(sign_masks([torch.zeros(1)] * 2, torch.zeros(1))).any()
 
 
-def test_graddrop_random_numbers_do_not_follow_the_default_type():
+def test_graddrop_random_numbers_do_not_follow_the_default_type(draw):
     g = [[row] for row in draw(3, 200, seed=15)]
     sent = [row[0].view(1, -1) for row in g]
     a = draw(1, 200, seed=16)
@@ -43,7 +39,7 @@ def test_graddrop_by_hand():
     assert abs(up.double().mean() - 2 / 3) < 5 * (2 / 9 / 400) ** 0.5
 
 
-def test_graddrop_is_unbiased_with_variance_of_the_conflict():
+def test_graddrop_is_unbiased_with_variance_of_the_conflict(draw):
     g = draw(3, 1, seed=11)
     p = g.clamp(min=0).sum()
     m = -g.clamp(max=0).sum()
@@ -62,7 +58,7 @@ def test_graddrop_leak():
         GradDrop([0, 0, 0])(G, None)
 
 
-def test_graddrop_does_not_depend_on_precision_or_partition():
+def test_graddrop_does_not_depend_on_precision_or_partition(draw):
     flat = draw(4, 100, seed=12)
     whole = GradDrop(seed=1)([[g] for g in flat], None)[0]
     parts = GradDrop(seed=1)([[g[:7], g[7:63].view(8, 7), g[63:]] for g in flat], None)
@@ -97,7 +93,7 @@ def test_graddrop_eps_makes_small_gradients_uncertain():
         assert abs(kept - expected) < 5 * 0.5 / 1000**0.5 * (expected < 1) + 1e-12
 
 
-def test_graddrop_edges_and_state():
+def test_graddrop_edges_and_state(draw):
     one_task = [[torch.tensor([1.0, -2.0, 0.0])]]
     assert_close(GradDrop()(one_task, None), one_task[0])
     assert_close(GradDrop()([[torch.zeros(3)]] * 2, None), [torch.zeros(3)])

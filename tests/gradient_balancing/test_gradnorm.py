@@ -13,15 +13,8 @@ from dbmtl.core.balancer import Balancer
 from dbmtl.gradient_balancing.gradnorm import GradNorm, score_gradient, training_rates
 from dbmtl.loss_balancing.log import Identity
 
-nan, inf = math.nan, math.inf
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+nan = math.nan
+inf = math.inf
 
 
 def distance(p, norms, target):
@@ -32,7 +25,9 @@ def distance(p, norms, target):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.12, 1.5, 3.0])
-def test_gradnorm_scores_follow_central_differences_of_the_distance_to_a_held_target(alpha):
+def test_gradnorm_scores_follow_central_differences_of_the_distance_to_a_held_target(
+    alpha, float64, draw
+):
     for seed in range(5):
         p = draw(4, seed=seed)
         norms, losses, initial = draw(3, 4, seed=seed + 9).exp()
@@ -44,18 +39,18 @@ def test_gradnorm_scores_follow_central_differences_of_the_distance_to_a_held_ta
         for e in numpy.eye(4) * 1e-6:
             up, down = (distance(p.numpy() + side * e, norms.tolist(), target) for side in (1, -1))
             expected.append((up - down) / 2e-6)
-        assert_close(training_rates(losses, initial), f64(*rates))
+        assert_close(training_rates(losses, initial), float64(*rates))
         gradient = score_gradient(p, norms, training_rates(losses, initial), alpha)
-        assert_close(gradient, f64(*expected), rtol=1e-6, atol=1e-7)
+        assert_close(gradient, float64(*expected), rtol=1e-6, atol=1e-7)
 
 
-def test_gradnorm_scores_sum_to_nothing_and_permute():
+def test_gradnorm_scores_sum_to_nothing_and_permute(float64, draw):
     p = draw(5)
     norms = draw(5, seed=1).exp()
     rates = draw(5, seed=2).exp()
     gradient = score_gradient(p, norms, rates, 1.5)
     order = torch.tensor([3, 1, 4, 0, 2])
-    assert_close(gradient.sum(), f64(0.0)[0], atol=1e-12, rtol=0)
+    assert_close(gradient.sum(), float64(0.0)[0], atol=1e-12, rtol=0)
     assert_close(score_gradient(p[order], norms[order], rates[order], 1.5), gradient[order])
 
 
@@ -66,18 +61,18 @@ def test_gradnorm_leaves_a_tie_alone_at_any_scale(scale):
         assert score_gradient(torch.zeros(T), norms, torch.ones(T), 1.5).tolist() == [0] * T
 
 
-def test_gradnorm_rates_do_not_see_units():
-    losses = f64(3.0, 0.2, 7.0)
-    initial = f64(6.0, 0.2, 1.0)
-    units = f64(1e-12, 1.0, 1e12)
+def test_gradnorm_rates_do_not_see_units(float64):
+    losses = float64(3.0, 0.2, 7.0)
+    initial = float64(6.0, 0.2, 1.0)
+    units = float64(1e-12, 1.0, 1e12)
     assert_close(training_rates(losses * units, initial * units), training_rates(losses, initial))
-    assert training_rates(f64(1.0), f64(5.0)).tolist() == [1]
+    assert training_rates(float64(1.0), float64(5.0)).tolist() == [1]
 
 
-def test_gradnorm_rates_at_the_edges():
-    assert training_rates(f64(0.0, 0.0), f64(1.0, 2.0)).tolist() == [1, 1]
-    assert training_rates(f64(-3.0, 1.0), f64(1.0, 1.0)).tolist() == [0, 2]
-    assert training_rates(f64(9.0, 1.0), f64(0.0, 1.0)).tolist() == [1, 1]
+def test_gradnorm_rates_at_the_edges(float64):
+    assert training_rates(float64(0.0, 0.0), float64(1.0, 2.0)).tolist() == [1, 1]
+    assert training_rates(float64(-3.0, 1.0), float64(1.0, 1.0)).tolist() == [0, 2]
+    assert training_rates(float64(9.0, 1.0), float64(0.0, 1.0)).tolist() == [1, 1]
 
 
 def test_gradnorm_first_step_is_the_unit():
@@ -129,14 +124,14 @@ def test_gradnorm_forgotten_end_epoch_is_named_and_then_heals():
     assert method(norms, torch.ones(2)).tolist() == [1, 1]
 
 
-def test_gradnorm_refuses_negative_losses_while_it_takes_its_unit():
+def test_gradnorm_refuses_negative_losses_while_it_takes_its_unit(float64):
     for method in (GradNorm(2), GradNorm(2, initial="first")):
         before = copy.deepcopy(method.state_dict())
         with pytest.raises(ValueError, match="not negative, got"):
-            method(torch.ones(2), f64(1.0, -0.5))
+            method(torch.ones(2), float64(1.0, -0.5))
         assert str(method.state_dict()) == str(before)
     with pytest.raises(ValueError, match="not negative"):
-        GradNorm(2).end_epoch(f64(1.0, -1.0))
+        GradNorm(2).end_epoch(float64(1.0, -1.0))
 
 
 @pytest.mark.parametrize("bad", [nan, inf])

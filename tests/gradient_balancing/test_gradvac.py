@@ -12,46 +12,34 @@ from dbmtl.registry import make_balancer
 D = torch.float64
 
 
-def draw(*shape, seed=0, mean=0.0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=D) + mean
-
-
-def rows(*vectors):
-    return torch.tensor(vectors, dtype=D)
-
-
-def gram(G):
-    return G @ G.T
-
-
-def test_gradvac_reaches_the_usual_cosine():
-    G = rows([1, 0], [0, 1])
+def test_gradvac_reaches_the_usual_cosine(float64, gram):
+    G = float64([1, 0], [0, 1])
     rho = torch.full((2, 2), 0.6, dtype=D)
     C, after = vaccinate(gram(G), visits(2), rho, beta=0.25)
-    assert_close(C, torch.tensor([[1, 0.75], [0.75, 1]], dtype=D))
-    assert_close(after, torch.tensor([[0.6, 0.45], [0.45, 0.6]], dtype=D))
+    assert_close(C, float64([1, 0.75], [0.75, 1]))
+    assert_close(after, float64([0.6, 0.45], [0.45, 0.6]))
     assert_close(torch.cosine_similarity(C @ G, G.flip(0)), torch.full((2,), 0.6, dtype=D))
 
 
-def test_gradvac_update_below_learns_from_corrected_pairs_alone():
-    G = rows([1, 0], [1, 1])
+def test_gradvac_update_below_learns_from_corrected_pairs_alone(float64, gram):
+    G = float64([1, 0], [1, 1])
     rho = torch.zeros(2, 2, dtype=D)
     assert_close(vaccinate(gram(G), visits(2), rho, update="below")[1], rho)
     assert_close(vaccinate(gram(G), visits(2), rho)[1][0, 1].item(), 0.5 * 0.5**0.5)
-    G = rows([1, 0], [-1, 1])
+    G = float64([1, 0], [-1, 1])
     after = vaccinate(gram(G), visits(2), rho, update="below")[1]
     assert_close(after[0, 1].item(), -0.5 * 0.5**0.5)
 
 
-def test_gradvac_sees_each_pair_as_left_by_the_visit_before():
-    G = rows([1, 0, 0], [-1, 1, 0], [-1, 0, 1])
+def test_gradvac_sees_each_pair_as_left_by_the_visit_before(float64, gram):
+    G = float64([1, 0, 0], [-1, 1, 0], [-1, 0, 1])
     # g1' = (.5, .5, 0) after task 2; its cosine with g3 is -.5
     C, rho = vaccinate(gram(G), visits(3), torch.zeros(3, 3, dtype=D), beta=1.0)
-    assert_close(rho[0], torch.tensor([0, -(0.5**0.5), -0.5], dtype=D))
-    assert_close(C[0], torch.tensor([1, 0.5, 0.25], dtype=D))
+    assert_close(rho[0], float64(0, -(0.5**0.5), -0.5))
+    assert_close(C[0], float64(1, 0.5, 0.25))
 
 
-def test_gradvac_groups():
+def test_gradvac_groups(draw):
     steps = draw(5, 3, 4, 6, seed=8, mean=-0.1)  # step, tensor, task, coordinate
     tensor = GradVac(group="tensor", order="fixed")
     labels = GradVac(group=["x", "y", "x"], order="fixed")
@@ -68,7 +56,7 @@ def test_gradvac_groups():
         assert_close(w[:, 2], w[:, 0])
 
 
-def test_gradvac_keeps_the_average_of_a_tensor_that_is_missing_for_a_step():
+def test_gradvac_keeps_the_average_of_a_tensor_that_is_missing_for_a_step(draw):
     steps = draw(3, 2, 4, 6, seed=9, mean=-0.1)
     vac = GradVac(group="tensor", order="fixed")
     alone = GradVac(order="fixed")
@@ -79,7 +67,7 @@ def test_gradvac_keeps_the_average_of_a_tensor_that_is_missing_for_a_step():
             assert_close(weights[:, 0], alone(M[0], None))
 
 
-def test_gradvac_state_goes_on_bit_by_bit():
+def test_gradvac_state_goes_on_bit_by_bit(draw, gram):
     steps = draw(8, 5, 5, seed=10, mean=-0.3)
     a = GradVac()
     b = GradVac()
@@ -90,28 +78,28 @@ def test_gradvac_state_goes_on_bit_by_bit():
         assert_close(b(gram(G), None), a(gram(G), None), rtol=0, atol=0)
 
 
-def test_gradvac_zero_and_cancelled_gradients_teach_nothing():
+def test_gradvac_zero_and_cancelled_gradients_teach_nothing(float64, gram):
     vac = GradVac(order="fixed")
-    vac(gram(rows([1, 0], [1, 1], [0, 2])), None)
+    vac(gram(float64([1, 0], [1, 1], [0, 2])), None)
     before = vac.memory["rho"]["model"].clone()
-    vac(gram(rows([0, 0], [1, 1], [0, 2])), None)
+    vac(gram(float64([0, 0], [1, 1], [0, 2])), None)
     after = vac.memory["rho"]["model"]
     assert_close(after[0], before[0], rtol=0, atol=0)
     assert_close(after[:, 0], before[:, 0], rtol=0, atol=0)
     assert after[1, 2] != before[1, 2]
-    M = gram(rows([1, 2, 3], [-1, -2, -3], [0.3, 0, 1]))
+    M = gram(float64([1, 2, 3], [-1, -2, -3], [0.3, 0, 1]))
     C, rho = vaccinate(M, visits(3), torch.zeros(3, 3, dtype=D))
     assert rho[0, 2] == 0 and C[0, 2] == 0  # task 1 has vanished before it meets task 3
 
 
-def test_gradvac_first_step_is_pcgrad():
-    G = rows([1, 0], [-1, 1])
-    assert_close(GradVac(eps=0)(gram(G), None), torch.tensor([2.0, 1.5], dtype=D))
+def test_gradvac_first_step_is_pcgrad(float64, gram):
+    G = float64([1, 0], [-1, 1])
+    assert_close(GradVac(eps=0)(gram(G), None), float64(2.0, 1.5))
     by_tensor = GradVac(eps=0, group="tensor")(gram(G)[None], None, [0])
-    assert_close(by_tensor, torch.tensor([[2.0], [1.5]], dtype=D))
+    assert_close(by_tensor, float64([2.0], [1.5]))
 
 
-def test_gradvac_opposite_gradients_cancel_and_are_passed_over_whatever_the_rounding():
+def test_gradvac_opposite_gradients_cancel_and_are_passed_over_whatever_the_rounding(draw, gram):
     for seed in range(100):
         g, third = draw(2, 7, seed=seed)
         G = torch.stack([g, -3 * g, third])
@@ -120,12 +108,12 @@ def test_gradvac_opposite_gradients_cancel_and_are_passed_over_whatever_the_roun
         assert rho[0, 2] == 0 and C[0, 2] == 0
 
 
-def test_gradvac_equal_gradients_for_long():
+def test_gradvac_equal_gradients_for_long(float64, gram):
     vac = GradVac(eps=0)
     for _ in range(200):
         weights = vac(torch.ones(3, 3, dtype=D), None)
     assert_close(weights, torch.ones(3, dtype=D))
-    assert vac(gram(rows([1, 0], [1, 1], [0, 1])), None).isfinite().all()
+    assert vac(gram(float64([1, 0], [1, 1], [0, 1])), None).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, D])
@@ -147,7 +135,7 @@ def test_gradvac_duplicate_losses_stay_the_sum_in_training(dtype, eps):
 
 
 @pytest.mark.parametrize("length", [100, 100_000])
-def test_gradvac_float32_multiples_stay_the_sum(length):
+def test_gradvac_float32_multiples_stay_the_sum(length, draw):
     vac = GradVac(eps=0, seed=0)
     for seed in range(60):
         g = draw(length, seed=seed).float()
@@ -165,8 +153,8 @@ def test_gradvac_equal_gradients_that_get_short_stay_the_sum(small):
         assert_close(weights, torch.ones(2, dtype=D), rtol=0, atol=0)
 
 
-def test_gradvac_amount_rises_to_a_bound_and_stays_there():
-    less = rows([1, 0.9], [0.9, 1])
+def test_gradvac_amount_rises_to_a_bound_and_stays_there(float64, gram):
+    less = float64([1, 0.9], [0.9, 1])
     amounts = []
     for k in (1, 5, 10, 20, 40, 53, 54, 60, 300):
         vac = GradVac(eps=0)
@@ -179,22 +167,22 @@ def test_gradvac_amount_rises_to_a_bound_and_stays_there():
     sine_of_target = (1 - target**2) ** 0.5
     bound = (target * (1 - 0.81) ** 0.5 - 0.9 * sine_of_target) / sine_of_target
     assert amounts[-1] == pytest.approx(1 + bound, rel=1e-9)
-    worst = vaccinate(gram(rows([1, 0], [0, 1e-3])), visits(2), torch.ones(2, 2, dtype=D))[0]
+    worst = vaccinate(gram(float64([1, 0], [0, 1e-3])), visits(2), torch.ones(2, 2, dtype=D))[0]
     assert 223e3 < worst[0, 1] < 224e3  # right angle, times the ratio of lengths
 
 
-def test_gradvac_correction_sets_in_without_a_jump():
+def test_gradvac_correction_sets_in_without_a_jump(float64):
     rho = torch.full((2, 2), 1.0, dtype=D)
     for off, largest in ((1e-5, 1e-9), (1e-5 + 6e-8, 4e-3), (1.1e-5, 0.06)):
-        C, _ = vaccinate(rows([1, 1 - off], [1 - off, 1]), visits(2), rho)
+        C, _ = vaccinate(float64([1, 1 - off], [1 - off, 1]), visits(2), rho)
         assert 0 <= C[0, 1] < largest
 
 
-def test_gradvac_lengths_at_the_ends_of_the_range_are_finite():
+def test_gradvac_lengths_at_the_ends_of_the_range_are_finite(float64):
     for M in (
-        rows([1e300, 0], [0, 1e-299]),
-        rows([1e306, 0], [0, 1e-320]),
-        rows([1e-310, 0], [0, 1e-310]),
+        float64([1e300, 0], [0, 1e-299]),
+        float64([1e306, 0], [0, 1e-320]),
+        float64([1e-310, 0], [0, 1e-310]),
     ):
         C, rho = vaccinate(M, visits(2), torch.full((2, 2), 1.0, dtype=D))
         assert C.isfinite().all() and rho.isfinite().all()

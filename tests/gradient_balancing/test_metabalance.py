@@ -15,27 +15,23 @@ from dbmtl.loss_balancing.log import Identity
 nan = math.nan
 
 
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 @pytest.mark.parametrize("keys", [{}, {"r": 0.3, "beta": 0.5, "target": 2}, {"r": 1.0}, {"r": 0.0}])
-def test_metabalance_is_its_formula(keys):
-    method, lengths = MetaBalance(**keys), draw(6, 3, 4).abs()
-    r, beta, a, n = method.r, method.beta, method.target, numpy.zeros((3, 4))
-    for step in lengths:
+def test_metabalance_is_its_formula(keys, float64, draw):
+    method = MetaBalance(**keys)
+    r = method.r
+    beta = method.beta
+    a = method.target
+    n = numpy.zeros((3, 4))
+    for step in draw(6, 3, 4).abs():
         n = beta * n + (1 - beta) * step.numpy()
         expected = [[r * n[a][p] / n[t][p] + 1 - r for p in range(4)] for t in range(3)]
-        assert_close(method(step, None, [0, 1, 2, 3]), f64(*expected))
+        assert_close(method(step, None, [0, 1, 2, 3]), float64(*expected))
 
 
-def test_metabalance_keeps_norms_by_position():
-    whole, parts, lengths = MetaBalance(), MetaBalance(), draw(4, 2, 3).abs()
-    for k, step in enumerate(lengths):
+def test_metabalance_keeps_norms_by_position(draw):
+    whole = MetaBalance()
+    parts = MetaBalance()
+    for k, step in enumerate(draw(4, 2, 3).abs()):
         if k % 2:
             found = whole(step[:, [2, 0]], None, [2, 0])
             assert_close(found[:, 1:], parts(step[:, :1], None, [0]))
@@ -45,27 +41,27 @@ def test_metabalance_keeps_norms_by_position():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_metabalance_zeros_are_finite(dtype):
+def test_metabalance_zeros_are_finite(dtype, float64):
     method = MetaBalance()
     weights = method(torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 0.0]], dtype=dtype), None, [0, 1, 2])
     assert weights.dtype == dtype
     assert_close(weights, torch.tensor([[0.3, 1.0, 0.3], [0.3, 0.3, 0.3]], dtype=dtype))
-    assert_close(anchored_weights(f64([1e10], [1e-10])), f64([1.0], [0.7e20 + 0.3]))
+    assert_close(anchored_weights(float64([1e10], [1e-10])), float64([1.0], [0.7e20 + 0.3]))
 
 
-def test_metabalance_permutes_with_its_anchor():
-    order, first, second = [2, 0, 1], MetaBalance(target=2), MetaBalance(target=0)
+def test_metabalance_permutes_with_its_anchor(draw):
+    order = [2, 0, 1]
+    plain = MetaBalance(target=2)
+    permuted = MetaBalance(target=0)
     for step in draw(4, 3, 2).abs():
-        assert_close(second(step[order], None, [0, 1]), first(step, None, [0, 1])[order])
+        assert_close(permuted(step[order], None, [0, 1]), plain(step, None, [0, 1])[order])
 
 
 def test_metabalance_multiplies_tensors_and_leaves_heads():
     torch.manual_seed(0)
-    trunk, heads, x = (
-        nn.Linear(3, 4),
-        nn.ModuleList(nn.Linear(4, 1) for _ in range(2)),
-        torch.randn(8, 3),
-    )
+    trunk = nn.Linear(3, 4)
+    heads = nn.ModuleList(nn.Linear(4, 1) for _ in range(2))
+    x = torch.randn(8, 3)
     losses = [c * h(trunk(x)).square().mean() for c, h in zip((1, 50), heads, strict=True)]
     inputs = [[*trunk.parameters(), h.bias] for h in heads]
     single = [
@@ -73,7 +69,8 @@ def test_metabalance_multiplies_tensors_and_leaves_heads():
     ]
     Balancer(Identity(), MetaBalance(), shared=trunk, num_tasks=2).backward(losses)
     for p, parameter in enumerate(trunk.parameters()):
-        a, b = single[0][p], single[1][p]
+        a = single[0][p]
+        b = single[1][p]
         assert_close(parameter.grad, a + b * (0.7 * a.norm() / b.norm() + 0.3))
     assert_close([h.bias.grad for h in heads], [row[2] for row in single])
 

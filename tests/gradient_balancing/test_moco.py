@@ -7,7 +7,6 @@ import numpy
 import pytest
 import torch
 from scipy.optimize import minimize
-from torch import nn
 from torch.testing import assert_close
 
 from dbmtl.core.balancer import Balancer
@@ -30,18 +29,6 @@ BAD = [
     ("eps", math.inf),
     ("projection", "softmin"),
 ]
-
-
-def jacobians(T, steps=5, d=12, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    J = torch.randn(steps, 2, T, d, generator=generator, dtype=torch.float64)
-    return J[:, 0]
-
-
-def rows_of(J, cut=None):
-    if cut is None:
-        return [[row] for row in J]
-    return [[row[:cut].clone(), row[cut:].clone()] for row in J]
 
 
 def moco_by_formula(G, losses, b, b_decay, c, c_decay, rho, normalize, simplex):
@@ -74,13 +61,13 @@ def moco_by_formula(G, losses, b, b_decay, c, c_decay, rho, normalize, simplex):
 @pytest.mark.parametrize(
     "schedule", [(0.5, 0.5, 0.1, 0.5, 0.0), (0.99, 0.0, 0.05, 0.0, 0.3), (0.3, 0.2, 0.02, 0.7, 2)]
 )
-def test_moco_is_its_formula(schedule, normalize, simplex):
+def test_moco_is_its_formula(schedule, normalize, simplex, jacobians, task_rows):
     b, b_decay, c, c_decay, rho = schedule
-    G = jacobians(3)
+    G = jacobians(3)[:, 0]
     losses = torch.rand(5, 3, dtype=torch.float64) + 0.5
     method = MoCo(b, b_decay, c, c_decay, rho, normalize, "simplex" if simplex else "softmax")
     for J, values in zip(G, losses, strict=True):
-        direction = method(rows_of(J, 5), values, [0, 1])
+        direction = method(task_rows(J, 5), values, [0, 1])
     expected, lam = moco_by_formula(
         G.numpy(), losses.numpy(), b, b_decay, c, c_decay, rho, normalize, simplex
     )
@@ -110,27 +97,29 @@ def test_moco_memory_fades_where_no_gradient_comes_and_counts_in_the_weights():
     assert method.positions() == {1, 3}
 
 
-def test_moco_projected_onto_the_simplex_ends_at_the_shortest_vector():
-    J = torch.tensor([[1.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
+def test_moco_projected_onto_the_simplex_ends_at_the_shortest_vector(task_rows, float64):
+    J = float64([1.0, 0.0], [0.0, 3.0])
     method = MoCo(normalize=False, projection="simplex", b=1.0, b_decay=0.0, c_decay=0.0)
     for _ in range(300):
-        direction = method(rows_of(J), torch.ones(2).double())
-    assert_close(direction, [torch.tensor([0.9, 0.3], dtype=torch.float64)])
-    assert_close(method.memory["lambda"], torch.tensor([0.9, 0.1], dtype=torch.float64))
+        direction = method(task_rows(J), torch.ones(2).double())
+    assert_close(direction, [float64(0.9, 0.3)])
+    assert_close(method.memory["lambda"], float64(0.9, 0.1))
 
 
-def test_moco_direction_does_not_see_the_scale_of_gradients_but_that_of_losses():
-    J = jacobians(3, 1)[0]
+def test_moco_direction_does_not_see_the_scale_of_gradients_but_that_of_losses(
+    jacobians, task_rows
+):
+    J = jacobians(3, 1)[:, 0][0]
     losses = torch.tensor([0.3, 2.0, 9.0]).double()
-    plain = MoCo(eps=1e-30)(rows_of(J), losses)
+    plain = MoCo(eps=1e-30)(task_rows(J), losses)
     scaled = J * torch.tensor([[1e8], [1e-8], [3.0]]).double()
-    assert_close(MoCo(eps=1e-30)(rows_of(scaled), losses), plain)
-    assert (MoCo()(rows_of(J), 2 * losses)[0] - plain[0]).abs().max() > 0.1
+    assert_close(MoCo(eps=1e-30)(task_rows(scaled), losses), plain)
+    assert (MoCo()(task_rows(J), 2 * losses)[0] - plain[0]).abs().max() > 0.1
 
 
-def test_moco_keeps_one_copy_in_place_and_leaves_the_gradients_alone():
+def test_moco_keeps_one_copy_in_place_and_leaves_the_gradients_alone(jacobians, task_rows):
     method = MoCo()
-    rows = rows_of(jacobians(3)[0], 5)
+    rows = task_rows(jacobians(3)[:, 0][0], 5)
     given = copy.deepcopy(rows)
     direction = method(rows, torch.ones(3).double(), [0, 1])
     Y = method.memory["Y"].values()
@@ -162,15 +151,15 @@ def test_moco_goes_on_after_one_enormous_loss(projection, size):
 
 
 @pytest.mark.parametrize("projection", ["softmax", "simplex"])
-def test_moco_refused_steps_change_nothing(projection):
+def test_moco_refused_steps_change_nothing(projection, jacobians, task_rows):
     method = MoCo(projection=projection, normalize=False)
     losses = torch.ones(2).double()
-    for J in jacobians(2, 3):
-        method(rows_of(J, 5), losses, [4, 1])
+    for J in jacobians(2, 3)[:, 0]:
+        method(task_rows(J, 5), losses, [4, 1])
     before = copy.deepcopy(method.memory)
     huge = torch.full((2, 12), 1e160, dtype=torch.float64)
     with pytest.raises(FloatingPointError, match="cannot move"):
-        method(rows_of(huge, 5), losses, [4, 7])
+        method(task_rows(huge, 5), losses, [4, 7])
     assert list(method.memory["Y"]) == list(before["Y"])
     assert_close(method.memory, before, rtol=0, atol=0)
     infinite = torch.full((2, 2), math.inf).double()
@@ -178,8 +167,8 @@ def test_moco_refused_steps_change_nothing(projection):
         move_lambda(losses / 2, infinite, 0.1, projection=projection)
 
 
-def test_moco_refuses_a_negative_loss_where_it_is_a_length():
-    rows = rows_of(jacobians(2)[0])
+def test_moco_refuses_a_negative_loss_where_it_is_a_length(jacobians, task_rows):
+    rows = task_rows(jacobians(2)[:, 0][0])
     method = MoCo()
     method(rows, torch.ones(2).double())
     before = copy.deepcopy(method.memory)
@@ -195,11 +184,11 @@ def test_moco_zero_gradient_of_an_enormous_loss():
     assert MoCo()(rows, torch.tensor([1e35, 1.0]))[0].isfinite().all()
 
 
-def test_moco_half_precision_is_tracked_in_float32():
+def test_moco_half_precision_is_tracked_in_float32(task_rows):
     J = torch.tensor([[300.0, -400.0], [1.0, 0.0]], dtype=torch.float16)
     losses = torch.tensor([5.0, 1.0])
-    [direction] = MoCo(b=1.0)(rows_of(J), losses)
-    [expected] = MoCo(b=1.0)(rows_of(J.double()), losses.double())
+    [direction] = MoCo(b=1.0)(task_rows(J), losses)
+    [expected] = MoCo(b=1.0)(task_rows(J.double()), losses.double())
     assert direction.dtype == torch.float32
     assert_close(direction.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -223,19 +212,7 @@ def test_track_with_rate_one_forgets():
     assert_close(y, torch.tensor([[2.0] * 3, [0.0] * 3]))
 
 
-def network():
-    torch.manual_seed(0)
-    sizes = {"trunk": (3, 4), "a": (4, 1), "b": (4, 1)}
-    return nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}).double()
-
-
-def losses_of(net, seed):
-    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(seed)).double()
-    z = net["trunk"](x).tanh()
-    return [(net["a"](z) - 1).square().mean(), (3 * net["b"](z) + 2).square().mean()]
-
-
-def test_moco_shared_gradient_is_the_same_with_log():
+def test_moco_shared_gradient_is_the_same_with_log(network, losses_of):
     nets = [network(), network()]
     for net, transform in zip(nets, (Identity(), Log()), strict=True):
         balancer = Balancer(transform, MoCo(eps=1e-30), shared=net["trunk"], num_tasks=2)

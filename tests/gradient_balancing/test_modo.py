@@ -28,8 +28,8 @@ def test_modo_by_hand():
     assert_close(method(C, losses), expected + (1 - expected.sum()) / 2)
 
 
-def test_modo_two_batches_are_right_on_average_and_one_is_not():
-    truth = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0]], dtype=torch.float64)
+def test_modo_two_batches_are_right_on_average_and_one_is_not(float64):
+    truth = float64([1.0, 0.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0])
     noise = torch.tensor([[1.0], [0.1]])
     generator = torch.Generator().manual_seed(3)
     level = {}

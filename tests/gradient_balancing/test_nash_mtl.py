@@ -7,36 +7,21 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dbmtl.core.balancer import Balancer
 from dbmtl.gradient_balancing.nash_mtl import NashMTL
 from dbmtl.loss_balancing.log import Identity, Log
 
 
-def matrix(*rows):
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def random(tasks, dims, seed=0, shift=0.0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tasks, dims, generator=generator, dtype=torch.float64) + shift
-
-
-def interior(problem):
-    problem.solve(solver=cvxpy.CLARABEL, tol_gap_abs=1e-10, tol_gap_rel=1e-10, tol_feas=1e-10)
-    return problem.value
-
-
-def test_nash_of_two_tasks_in_closed_form():
-    assert_close(NashMTL()(torch.diag(matrix(9.0, 0.25)), None), matrix(1 / 3, 2.0))
+def test_nash_of_two_tasks_in_closed_form(float64, draw):
+    assert_close(NashMTL()(torch.diag(float64(9.0, 0.25)), None), float64(1 / 3, 2.0))
     for seed in range(5):
-        G = random(2, 4, seed)
+        G = draw(2, 4, seed=seed)
         cosine = torch.nn.functional.cosine_similarity(*G, dim=0)
         assert_close(NashMTL()(G @ G.T, None), 1 / (G.norm(dim=1) * (1 + cosine).sqrt()))
 
 
 @pytest.mark.parametrize("tasks", [2, 5, 11, 40])
-def test_nash_solves_its_equation_blind_to_scale(tasks):
-    G = random(tasks, 2 * tasks, seed=tasks)
+def test_nash_solves_its_equation_blind_to_scale(tasks, draw):
+    G = draw(tasks, 2 * tasks, seed=tasks)
     a = NashMTL()(G @ G.T, None)
     assert_close(a * (G @ G.T @ a), torch.ones_like(a), rtol=1e-9, atol=0)
     assert_close((a @ G).norm().item(), math.sqrt(tasks))
@@ -44,17 +29,17 @@ def test_nash_solves_its_equation_blind_to_scale(tasks):
     assert_close(NashMTL()(G @ G.T * s * s[:, None], None) * s, a, rtol=1e-8, atol=0)
 
 
-def test_nash_is_the_largest_product_of_gains():
-    G = random(4, 6)
+def test_nash_is_the_largest_product_of_gains(draw, clarabel):
+    G = draw(4, 6)
     x = cvxpy.Variable(6)
     product = cvxpy.sum(cvxpy.log(G.numpy() @ x))
-    interior(cvxpy.Problem(cvxpy.Maximize(product), [cvxpy.norm(x) <= 2.0]))
+    clarabel(cvxpy.Problem(cvxpy.Maximize(product), [cvxpy.norm(x) <= 2.0]))
     d = NashMTL()(G @ G.T, None) @ G
     assert_close(d, torch.tensor(x.value), rtol=1e-5, atol=1e-5)
 
 
-def test_nash_keeps_its_weights_between_updates():
-    G = random(3, 5)
+def test_nash_keeps_its_weights_between_updates(draw):
+    G = draw(3, 5)
     losses = torch.ones(3)
     method = NashMTL(update_every=4)
     weights = []
@@ -78,25 +63,15 @@ def test_nash_that_fails_forgets_nothing():
     assert method.memory == {} and method.needs_gradients
 
 
-def shared_gradient(transform, aggregator):
-    theta = torch.tensor([-1.0, 0.5], dtype=torch.float64, requires_grad=True)
-    head = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    balancer = Balancer(transform, aggregator, shared=[theta], num_tasks=2)
-    centers = matrix([1.0, 0.0], [0.0, 2.0])
-    losses = [head[t] * (theta - centers[t]).square().sum() for t in range(2)]
-    balancer.backward(losses)
-    return theta.grad, head.grad, balancer
-
-
-def test_nash_step_has_length_one_and_heads_the_full_weights():
+def test_nash_step_has_length_one_and_heads_the_full_weights(float64, shared_gradient):
     shared, heads, balancer = shared_gradient(Identity(), NashMTL())
-    assert_close(heads, matrix(4.25, 3.25) * balancer.weights)
+    assert_close(heads, float64(4.25, 3.25) * balancer.weights)
     unbounded, *_ = shared_gradient(Identity(), NashMTL(max_norm=None))
     assert_close(unbounded.norm().item(), math.sqrt(2))
     assert_close(shared, unbounded / math.sqrt(2), rtol=1e-5, atol=0)
 
 
-def test_nash_ignores_the_logarithm():
+def test_nash_ignores_the_logarithm(shared_gradient):
     plain = shared_gradient(Identity(), NashMTL())[:2]
     logged = shared_gradient(Log(eps=0.0), NashMTL())[:2]
     assert_close(plain, logged)

@@ -11,18 +11,6 @@ from dbmtl.gradient_balancing.pcgrad import PCGrad, project_conflicts, visits
 D = torch.float64
 
 
-def draw(*shape, seed=0, mean=0.0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=D) + mean
-
-
-def rows(*vectors):
-    return torch.tensor(vectors, dtype=D)
-
-
-def gram(G):
-    return G @ G.T
-
-
 def pcgrad_in_vectors(G, order, itself):
     projected = []
     for i, path in enumerate(order.tolist()):
@@ -36,7 +24,7 @@ def pcgrad_in_vectors(G, order, itself):
 
 @pytest.mark.parametrize("itself", [True, False])
 @pytest.mark.parametrize("T", [2, 3, 6, 12])
-def test_pcgrad_from_the_gramian_is_pcgrad_on_vectors(T, itself):
+def test_pcgrad_from_the_gramian_is_pcgrad_on_vectors(T, itself, draw, gram):
     for seed in range(5):
         G = draw(T, T, seed=seed, mean=-0.2)
         order = visits(T, torch.Generator().manual_seed(seed))
@@ -44,27 +32,27 @@ def test_pcgrad_from_the_gramian_is_pcgrad_on_vectors(T, itself):
         assert_close(from_gramian, pcgrad_in_vectors(G, order, itself))
 
 
-def test_pcgrad_by_hand():
-    G = rows([1, 0], [-1, 1])
+def test_pcgrad_by_hand(float64, gram):
+    G = float64([1, 0], [-1, 1])
     for itself in (True, False):
-        assert_close(PCGrad(itself, eps=0)(gram(G), None), torch.tensor([2.0, 1.5], dtype=D))
+        assert_close(PCGrad(itself, eps=0)(gram(G), None), float64(2.0, 1.5))
     # eps enters as in LibMTL: 1 - M12 / (M_tt + eps)
-    assert_close(PCGrad(eps=1.0)(gram(G), None), torch.tensor([1 + 1 / 2, 1 + 1 / 3], dtype=D))
+    assert_close(PCGrad(eps=1.0)(gram(G), None), float64(1 + 1 / 2, 1 + 1 / 3))
 
 
-def test_pcgrad_passes_over_a_gradient_whose_square_underflows():
-    M = rows([1, -1e-200], [-1e-200, 0])
+def test_pcgrad_passes_over_a_gradient_whose_square_underflows(float64):
+    M = float64([1, -1e-200], [-1e-200, 0])
     assert_close(PCGrad(eps=0)(M, None), torch.ones(2, dtype=D))
 
 
-def test_pcgrad_own_visit_matters_from_three_tasks_on():
-    G = rows([1, -3], [0, 1], [-1, 1])
+def test_pcgrad_own_visit_matters_from_three_tasks_on(float64, gram):
+    G = float64([1, -3], [0, 1], [-1, 1])
     order = torch.tensor([[1, 2, 0], [0, 1, 2], [0, 1, 2]])
-    assert_close(project_conflicts(gram(G), order, False)[0] @ G, torch.tensor([0.5, 0.5], dtype=D))
-    assert_close(project_conflicts(gram(G), order, True)[0] @ G, torch.tensor([0.6, 0.2], dtype=D))
+    assert_close(project_conflicts(gram(G), order, False)[0] @ G, float64(0.5, 0.5))
+    assert_close(project_conflicts(gram(G), order, True)[0] @ G, float64(0.6, 0.2))
 
 
-def test_pcgrad_mean_over_all_orders_is_equivariant():
+def test_pcgrad_mean_over_all_orders_is_equivariant(draw, gram):
     G = draw(3, 4, seed=2, mean=-0.3)
     orders = list(itertools.permutations(range(3)))
 
@@ -76,15 +64,15 @@ def test_pcgrad_mean_over_all_orders_is_equivariant():
     assert_close(mean(G[[2, 0, 1]]), mean(G)[[2, 0, 1]])
 
 
-def test_pcgrad_one_rescaled_loss_rescales_its_own_row_alone():
+def test_pcgrad_one_rescaled_loss_rescales_its_own_row_alone(draw, gram, float64):
     G = draw(5, 5, seed=1, mean=-0.2)
-    scale = torch.tensor([1, 1e4, 1e-4, 3, 1], dtype=D)[:, None]
+    scale = float64(1, 1e4, 1e-4, 3, 1)[:, None]
     before = project_conflicts(gram(G), visits(5)) @ G
     after = project_conflicts(gram(scale * G), visits(5)) @ (scale * G)
     assert_close(after, scale * before)
 
 
-def test_random_orders_are_uniform_seeded_and_saved():
+def test_random_orders_are_uniform_seeded_and_saved(draw, gram):
     generator = torch.Generator().manual_seed(0)
     first = torch.cat([visits(3, generator) for _ in range(400)])[:, 0]
     assert (torch.bincount(first) - 400).abs().max() < 100  # six standard errors

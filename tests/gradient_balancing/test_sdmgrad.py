@@ -26,12 +26,7 @@ BAD = [
 ]
 
 
-def jacobians(T, steps=5, d=12, seed=0, batches=2):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(steps, batches, T, d, generator=generator, dtype=torch.float64)
-
-
-def test_sdmgrad_finds_the_optimum_where_the_rate_is_small():
+def test_sdmgrad_finds_the_optimum_where_the_rate_is_small(jacobians):
     J = jacobians(4)[0, 0] / 3
     C = J @ J.T
     pull = 0.3
@@ -59,7 +54,7 @@ def test_sdmgrad_momentum_by_hand():
 
 
 @pytest.mark.parametrize("pull", [0.0, 0.3, 7.0])
-def test_sdmgrad_direction_is_the_weighted_sum_plus_the_mean(pull):
+def test_sdmgrad_direction_is_the_weighted_sum_plus_the_mean(pull, jacobians):
     first, second, third = jacobians(3, batches=3)[0]
     method = SDMGrad(pull=pull)
     weights = method(first @ second.T, torch.ones(3).double())

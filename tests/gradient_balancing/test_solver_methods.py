@@ -16,40 +16,25 @@ ALL = [MGDA(), MGDA("l2"), MGDA("loss"), MGDA("loss+"), CAGrad(), NashMTL(), Fai
 named = pytest.mark.parametrize("method", ALL, ids=repr)
 
 
-def matrix(*rows):
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def random(tasks, dims, seed=0, shift=0.0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tasks, dims, generator=generator, dtype=torch.float64) + shift
-
-
-def direction(method, G, losses=None):
-    if losses is None:
-        losses = torch.ones(len(G), dtype=torch.float64)
-    return method(G @ G.T, losses) @ G
-
-
 @named
-def test_solver_methods_with_one_task(method):
-    w = method(matrix([25.0]), matrix(3.0))
+def test_solver_methods_with_one_task(method, float64):
+    w = method(float64([25.0]), float64(3.0))
     assert w.shape == (1,) and w > 0 and w.isfinite()
 
 
 @named
-def test_solver_methods_with_zero_gradients(method):
+def test_solver_methods_with_zero_gradients(method, draw):
     for tasks in (1, 3):
         w = method(torch.zeros(tasks, tasks, dtype=torch.float64), torch.ones(tasks))
         assert w.shape == (tasks,) and w.isfinite().all()
-    G = random(3, 6)
+    G = draw(3, 6)
     G[1] = 0
     assert method(G @ G.T, torch.ones(3)).isfinite().all()
 
 
 @named
-def test_solver_methods_follow_a_permutation_of_tasks(method):
-    G = random(5, 12)
+def test_solver_methods_follow_a_permutation_of_tasks(method, draw):
+    G = draw(5, 12)
     losses = torch.arange(1.0, 6.0, dtype=torch.float64)
     order = torch.tensor([3, 0, 4, 2, 1])
     expected = method(G @ G.T, losses)[order]
@@ -57,8 +42,8 @@ def test_solver_methods_follow_a_permutation_of_tasks(method):
 
 
 @named
-def test_solver_methods_harm_no_task(method):
-    G = random(4, 30, seed=3)
+def test_solver_methods_harm_no_task(method, draw, direction):
+    G = draw(4, 30, seed=3)
     d = direction(method, G, torch.arange(1.0, 5.0, dtype=torch.float64))
     if isinstance(method, CAGrad):
         assert d @ G.mean(0) > 0
@@ -72,8 +57,8 @@ def test_solver_methods_evaluate_their_repr(method):
 
 
 @named
-def test_solver_methods_in_single_precision(method):
-    G = random(4, 30)
+def test_solver_methods_in_single_precision(method, draw):
+    G = draw(4, 30)
     losses = torch.arange(1.0, 5.0)
     w = method((G @ G.T).float(), losses)
     assert w.dtype == torch.float32
@@ -82,11 +67,11 @@ def test_solver_methods_in_single_precision(method):
 
 @named
 @settings(max_examples=25, deadline=None)
-@given(st.data())
-def test_solver_methods_survive_what_gradients_can_be(method, data):
+@given(data=st.data())
+def test_solver_methods_survive_what_gradients_can_be(method, data, draw):
     tasks = data.draw(st.integers(1, 6))
     dims = data.draw(st.integers(1, 8))
-    rows = random(tasks, dims, data.draw(st.integers(0, 10_000)))
+    rows = draw(tasks, dims, seed=data.draw(st.integers(0, 10_000)))
     for row in range(tasks):
         kind = data.draw(st.sampled_from(["as it is", "zero", "copy", "opposite"]))
         if kind != "as it is":

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 from dbmtl.core.balancer import Balancer
@@ -30,29 +29,23 @@ METHODS = {
 everything = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 
 
-def jacobians(T, steps=5, d=12, seed=0, batches=2):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(steps, batches, T, d, generator=generator, dtype=torch.float64)
-
-
-def rows_of(J, cut=None):
-    if cut is None:
-        return [[row] for row in J]
-    return [[row[:cut].clone(), row[cut:].clone()] for row in J]
-
-
-def call(method, J, losses, cut=None):
+@pytest.fixture(scope="module")
+def call(task_rows):
     """One step from two batches' Jacobians, of which the methods with memory read the first."""
-    if method.num_batches == 3:
-        return method(J[0] @ J[1].mT, losses)
-    positions = None if cut is None else [0, 1]
-    answer = method(rows_of(J[0], cut), losses, positions)
-    return torch.cat(answer) if isinstance(answer, list) else answer
+
+    def take_step(method, J, losses, cut=None):
+        if method.num_batches == 3:
+            return method(J[0] @ J[1].mT, losses)
+        positions = None if cut is None else [0, 1]
+        answer = method(task_rows(J[0], cut), losses, positions)
+        return torch.cat(answer) if isinstance(answer, list) else answer
+
+    return take_step
 
 
 @everything
 @pytest.mark.parametrize("T", [1, 2, 5])
-def test_stochastic_methods_permute_with_the_tasks(make, T):
+def test_stochastic_methods_permute_with_the_tasks(make, T, jacobians, call):
     order = torch.randperm(T, generator=torch.Generator().manual_seed(1))
     plain = make()
     permuted = make()
@@ -66,7 +59,7 @@ def test_stochastic_methods_permute_with_the_tasks(make, T):
 
 
 @everything
-def test_stochastic_methods_do_not_see_how_parameters_are_cut(make):
+def test_stochastic_methods_do_not_see_how_parameters_are_cut(make, jacobians, call):
     whole = make()
     cut = make()
     losses = torch.ones(3).double()
@@ -75,7 +68,7 @@ def test_stochastic_methods_do_not_see_how_parameters_are_cut(make):
 
 
 @everything
-def test_stochastic_methods_in_float32(make):
+def test_stochastic_methods_in_float32(make, jacobians, call):
     wide = make()
     narrow = make()
     for J in jacobians(3):
@@ -86,7 +79,7 @@ def test_stochastic_methods_in_float32(make):
 
 
 @everything
-def test_stochastic_methods_go_on_from_a_saved_state(make):
+def test_stochastic_methods_go_on_from_a_saved_state(make, jacobians, call):
     method = make()
     loaded = make()
     steps = jacobians(3)
@@ -105,7 +98,7 @@ def test_stochastic_methods_go_on_from_a_saved_state(make):
 
 @everything
 @pytest.mark.parametrize("T", [1, 2, 11])
-def test_stochastic_methods_survive_zero_equal_and_opposite_gradients(make, T):
+def test_stochastic_methods_survive_zero_equal_and_opposite_gradients(make, T, call):
     row = torch.randn(8, generator=torch.Generator().manual_seed(0)).double()
     signs = torch.where(torch.arange(T) % 2 == 0, 1.0, -1.0).double()[:, None]
     for J in (torch.zeros(T, 8).double(), row.expand(T, 8), signs * row):
@@ -122,7 +115,7 @@ def test_stochastic_methods_survive_zero_equal_and_opposite_gradients(make, T):
 
 @everything
 @pytest.mark.parametrize("scale", [1e-10, 1e10])
-def test_stochastic_methods_survive_extreme_scales(make, scale):
+def test_stochastic_methods_survive_extreme_scales(make, scale, jacobians, call):
     for dtype in (torch.float32, torch.float64):
         method = make()
         losses = torch.tensor([1.0, scale, 1.0], dtype=dtype)
@@ -159,29 +152,16 @@ def test_three_batch_methods_say_what_heads_get(cls, default):
     assert [cls(heads=h).heads for h in ("sum", "mean", "last")] == ["sum", "mean", "last"]
 
 
-def network():
-    torch.manual_seed(0)
-    sizes = {"trunk": (3, 4), "a": (4, 1), "b": (4, 1)}
-    return nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}).double()
-
-
-def losses_of(net, seed):
-    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(seed)).double()
-    z = net["trunk"](x).tanh()
-    return [(net["a"](z) - 1).square().mean(), (3 * net["b"](z) + 2).square().mean()]
-
-
-def rows_through(net, seed):
+def trunk_gradients(net, losses):
     trunk = list(net["trunk"].parameters())
-    losses = losses_of(net, seed)
     return [torch.autograd.grad(loss, trunk, retain_graph=True) for loss in losses]
 
 
 @pytest.mark.parametrize("heads", ["sum", "mean", "last"])
 @pytest.mark.parametrize("cls", [SDMGrad, MoDo])
-def test_three_batches_in_one_backward(cls, heads):
-    first, second, third = (rows_through(network(), seed) for seed in (1, 2, 3))
+def test_three_batches_in_one_backward(cls, heads, network, losses_of):
     net = network()
+    first, second, third = (trunk_gradients(net, losses_of(net, seed)) for seed in (1, 2, 3))
     balancer = Balancer(Identity(), cls(heads=heads), shared=net["trunk"], num_tasks=2)
     balancer.backward(*(losses_of(net, seed) for seed in (1, 2, 3)))
     G1 = torch.stack([torch.cat([g.flatten() for g in row]) for row in first])
@@ -200,9 +180,9 @@ def test_three_batches_in_one_backward(cls, heads):
             assert_close(p.grad, q.grad)
 
 
-def test_cross_gramian_of_the_library_has_the_first_batch_in_its_rows():
+def test_cross_gramian_of_the_library_has_the_first_batch_in_its_rows(jacobians, task_rows):
     G1, G2 = jacobians(3)[0]
-    first = rows_of(G1, 5)
-    second = rows_of(G2, 5)
+    first = task_rows(G1, 5)
+    second = task_rows(G2, 5)
     assert_close(gramian(first, second), G1 @ G2.T)
     assert not torch.allclose(gramian(first, second), gramian(second, first))

@@ -18,7 +18,8 @@ def test_ls_slopes_are_the_weights():
 
 def gradients(backward):
     torch.manual_seed(0)
-    trunk, heads = nn.Linear(3, 4), nn.ModuleList(nn.Linear(4, 1) for _ in range(2))
+    trunk = nn.Linear(3, 4)
+    heads = nn.ModuleList(nn.Linear(4, 1) for _ in range(2))
     z = trunk(torch.linspace(-1, 1, 15).view(5, 3)).tanh()
     losses = [(head(z) - t).square().mean() for t, head in enumerate(heads)]
     backward(trunk, losses)

@@ -504,10 +504,8 @@ def scaled(benchmark=toy):
 @pytest.mark.parametrize("name", ["EW", "DB-MTL", "IMTL-L", "CAGrad"])
 @pytest.mark.parametrize("benchmark", [toy, toy_multi], ids=["toy", "toy-multi"])
 def test_a_power_of_two_as_loss_scale_changes_nothing(benchmark, name):
-    plain, run = (
-        advanced(started(benchmark, name), 8),
-        advanced(started(scaled(benchmark), name), 8),
-    )
+    plain = advanced(started(benchmark, name), 8)
+    run = advanced(started(scaled(benchmark), name), 8)
     assert plain.loop.scaler is None and run.loop.scaler.get_scale() == 65536.0
     assert_close(weights(run), weights(plain), rtol=1e-5, atol=1e-6)
 

@@ -61,7 +61,8 @@ def page():
 
 def record(benchmark, label, seed, scale, gain=0.0, at_floor=()):
     """Every metric of STL is 10; a gain of g percent moves it by g/10 to its better side."""
-    benchmark, (method, hyper) = get_benchmark(benchmark), parse_method(label)
+    benchmark = get_benchmark(benchmark)
+    method, hyper = parse_method(label)
     floors, test = {}, {}
     for task, metrics in benchmark.directions.items():
         signs = {metric: 1 if better == "up" else -1 for metric, better in metrics.items()}
@@ -328,14 +329,13 @@ def weights_of(test):
 def label_of(words, piece):
     """Labels of runs for beta=0.1/k^0.5, beta=0.1 and, in a row about lengths, max and 0.01."""
     if piece.startswith("beta="):
-        value, decays = piece.removeprefix("beta=").removesuffix("/k^0.5"), piece.endswith("/k^0.5")
-        if (value, decays) == ("0.5", True):
+        value = piece.removeprefix("beta=").removesuffix("/k^0.5")
+        decays = piece.endswith("/k^0.5")
+        if value == "0.5" and decays:
             return "DB-MTL"
-        return (
-            f"DB-MTL(beta={value})"
-            if decays or value == "0"
-            else f"DB-MTL(beta={value}, beta_decay=0)"
-        )
+        if decays or value == "0":
+            return f"DB-MTL(beta={value})"
+        return f"DB-MTL(beta={value}, beta_decay=0)"
     if words.startswith("max - "):
         return "DB-MTL" if piece == "max" else f"DB-MTL(alpha={piece})"
     return piece
@@ -370,8 +370,10 @@ def metrics_of(record):
 
 def other_route(records, row):
     """Mean, half width, seeds and verdict of a row, from the records; None without a number."""
-    weights, name = weights_of(row["test"]), row["benchmark"].removeprefix("on ")
-    benchmark, only = BENCHMARKS.get(name, name), row["test"].split(":")[0]
+    weights = weights_of(row["test"])
+    name = row["benchmark"].removeprefix("on ")
+    benchmark = BENCHMARKS.get(name, name)
+    only = row["test"].split(":")[0]
     runs = {label: runs_of(records, benchmark, row["scale"], label) for label in {*weights, "STL"}}
     if not all(runs.values()):
         return None
@@ -402,7 +404,8 @@ def other_route(records, row):
         if len(each) > 1
         else math.inf
     )
-    mean, own = float(np.mean(each)), not row["benchmark"].startswith("on ")
+    mean = float(np.mean(each))
+    own = not row["benchmark"].startswith("on ")
     paper = re.match(r"-?[\d.]+(e-\d+)?", str(row["paper"]))
     sign = np.sign(float(paper[0])) if paper else 1
     if len(each) < 3 or abs(mean) <= half:
@@ -500,7 +503,8 @@ def test_claims_roughness_and_rise_by_hand(page):
 @pytest.mark.parametrize("share", [False, True])
 def test_claims_rank_correlations_are_spearmans(page, share):
     random = np.random.default_rng(1)
-    losses, norms = np.sort(random.uniform(0.1, 2, (5, 4)))[:, ::-1], random.uniform(size=(5, 8))
+    losses = np.sort(random.uniform(0.1, 2, (5, 4)))[:, ::-1]
+    norms = random.uniform(size=(5, 8))
     train, watched = (
         dict(zip("abcde", values.tolist(), strict=True)) for values in (losses, norms)
     )

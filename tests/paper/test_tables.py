@@ -225,7 +225,8 @@ def test_table5_differences_and_interaction_follow_from_the_records(name):
 
 @pytest.mark.parametrize("name", PRINTED)
 def test_table5_printed_columns_and_verdicts(name):
-    paper, table = printed_ablation(name), {row["quantity"]: row for row in rows(f"table5_{name}")}
+    paper = printed_ablation(name)
+    table = {row["quantity"]: row for row in rows(f"table5_{name}")}
     assert list(paper) == list(CORNERS)
     values = {method: float(paper[quantity]["value"]) for quantity, method in CORNERS.items()}
     benchmark, scale = scale_of(f"table5_{name}")
@@ -325,13 +326,18 @@ def plain(name):
 
 
 def column_names(record):
-    """A metric's own name where it is unique, else its task's."""
+    """A metric's own name where it is unique, else its task's, else both."""
     pairs = metrics_of(record)
     names = [metric for _, metric in pairs]
-    return [
-        m if names.count(m) == 1 else t if len(record["directions"][t]) == 1 else f"{t} {m}"
-        for t, m in pairs
-    ]
+
+    def column_name(task, metric):
+        if names.count(metric) == 1:
+            return metric
+        if len(record["directions"][task]) == 1:
+            return task
+        return f"{task} {metric}"
+
+    return [column_name(task, metric) for task, metric in pairs]
 
 
 @pytest.mark.parametrize("stem", TABLES)
@@ -400,21 +406,19 @@ def test_tables_hold_the_printed_numbers(stem):
     assert all((line["source"] == "paper") == (method in runs) for method, line in shown.items())
 
 
+def kind_of_source(row):
+    """Is a row printed in Table 6, or a later run by LibMTL's authors?"""
+    if row["source"].startswith("LibMTL"):
+        return "later"
+    return "printed" if row["table"] == "6" else None
+
+
 def test_table6_runs_of_the_library_are_compared_with_the_copied_rows():
     found = [row for row in asset() if row["benchmark"] == "nyuv2_segnet" and row["task"] != "all"]
     values = {}
     for row in found:
-        kind = (
-            "later"
-            if row["source"].startswith("LibMTL")
-            else "printed"
-            if row["table"] == "6"
-            else None
-        )
-        values.setdefault((kind, row["method"]), {})[row["task"], row["metric"]] = (
-            float(row["value"]),
-            row["better"],
-        )
+        metrics = values.setdefault((kind_of_source(row), row["method"]), {})
+        metrics[row["task"], row["metric"]] = (float(row["value"]), row["better"])
     base = values["printed", "STL"]
     weight = {key: 1 / sum(task == key[0] for task, _ in base) / 3 for key in base}
 

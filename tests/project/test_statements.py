@@ -14,16 +14,6 @@ LATER = (  # still to be read line by line; in the end none
     "nbs/04_dbmtl",
     "nbs/1",
     "nbs/index",
-    "tests/benchmarks",
-    "tests/core",
-    "tests/experiments",
-    "tests/gradient_balancing",
-    "tests/loss_balancing",
-    "tests/methods/test_training",
-    "tests/paper",
-    "tests/report",
-    "tests/site",
-    "tests/studies",
 )
 
 

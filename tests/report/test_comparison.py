@@ -166,7 +166,8 @@ def test_report_differences_are_paired_by_seed():
     )
 
 
-CLEAR, UNCLEAR = Interval(2.0, 1.0, 3.0, 3), Interval(2.0, -1.0, 5.0, 3)
+CLEAR = Interval(2.0, 1.0, 3.0, 3)
+UNCLEAR = Interval(2.0, -1.0, 5.0, 3)
 
 
 @pytest.mark.parametrize(

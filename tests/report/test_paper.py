@@ -34,11 +34,9 @@ METRICS = {
 
 @pytest.mark.parametrize("benchmark", TABLES)
 def test_paper_table_is_complete(benchmark):
-    table, directions, halves = (
-        paper_table(benchmark),
-        paper_directions(benchmark),
-        paper_half_units(benchmark),
-    )
+    table = paper_table(benchmark)
+    directions = paper_directions(benchmark)
+    halves = paper_half_units(benchmark)
     assert list(table)[0] == "STL" and list(table)[-1] == "DB-MTL" and len(table) == 22
     assert sum(map(len, directions.values())) == METRICS[benchmark]
     for method, tasks in table.items():
@@ -130,13 +128,15 @@ def test_nyuv2_dbmtl_per_task_and_metric_average():
         ("nyuv2", 0.56, ("STL", 0.0)),
         ("nyuv2_segnet", 5.36, ("Aligned-MTL", 4.77)),
     ):
-        table, ways = paper_table(benchmark), paper_directions(benchmark)
+        table = paper_table(benchmark)
+        ways = paper_directions(benchmark)
         average = {m: -delta_m(results, table["STL"], ways) for m, results in table.items()}
         ranking = sorted(average, key=average.get, reverse=True)
         assert ranking[:2] == ["DB-MTL", second[0]]
         assert average["DB-MTL"] == pytest.approx(first, abs=0.006)
         assert average[second[0]] == pytest.approx(second[1], abs=0.006)
-    table, ways = paper_table("nyuv2"), paper_directions("nyuv2")
+    table = paper_table("nyuv2")
+    ways = paper_directions("nyuv2")
     parts = delta_p_per_task(table["DB-MTL"], table["STL"], ways)
     assert [round(parts[t], 2) for t in ("segmentation", "depth", "normal")] == [0.53, 3.51, -0.61]
 
@@ -149,7 +149,8 @@ def test_qm9_dbmtl_deficit_is_mostly_r2():
 
 @pytest.mark.parametrize("benchmark", TABLES)
 def test_paper_task_gains_are_delta_p_task_by_task(benchmark):
-    table, directions = paper_table(benchmark), paper_directions(benchmark)
+    table = paper_table(benchmark)
+    directions = paper_directions(benchmark)
     for method, gains in paper_task_gains(benchmark).items():
         assert gains == delta_p_per_task(table[method], table["STL"], directions)
 
@@ -163,7 +164,8 @@ def test_paper_averages_have_the_halves_where_table_5_has_them():
 
 @pytest.mark.parametrize("benchmark", ["nyuv2", "cityscapes", "qm9", "office31", "officehome"])
 def test_paper_ablation_agrees_with_the_main_tables(benchmark):
-    ablation, printed = paper_ablation(benchmark), paper_summary(benchmark)
+    ablation = paper_ablation(benchmark)
+    printed = paper_summary(benchmark)
     assert list(ablation) == ["EW", "loss only", "gradient only", "DB-MTL"]
     for method in ("EW", "DB-MTL"):
         assert ablation[method][::2] == printed[method][::2]
@@ -175,7 +177,8 @@ def test_paper_sources_and_reruns():
         sum(source == "paper" for source in sources.values()) == 7
         and sources["STL"] == "Nash-MTL paper"
     )
-    stl, ways = paper_table("nyuv2_segnet")["STL"], paper_directions("nyuv2_segnet")
+    stl = paper_table("nyuv2_segnet")["STL"]
+    ways = paper_directions("nyuv2_segnet")
     again = paper_table("nyuv2_segnet", "LibMTL re-run, 3 seeds")
     assert delta_p(again["EW"], stl, ways) == pytest.approx(3.02, abs=0.006)
     assert delta_p(again["GradNorm"], stl, ways) == pytest.approx(7.63, abs=0.006)
@@ -183,7 +186,8 @@ def test_paper_sources_and_reruns():
 
 def test_nash_mtl_paper_delta_m_of_its_own_tables():
     for benchmark in ("cityscapes", "qm9"):
-        table, ways = paper_table(benchmark, "Nash-MTL paper"), paper_directions(benchmark)
+        table = paper_table(benchmark, "Nash-MTL paper")
+        ways = paper_directions(benchmark)
         printed = paper_summary(benchmark, "delta_m", "Nash-MTL paper")
         for method in ("Nash-MTL", "IMTL-G"):
             found = delta_m(table[method], table["STL"], ways)

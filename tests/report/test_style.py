@@ -116,7 +116,8 @@ def test_every_method_has_a_look_of_its_own():
     "method", ["PCGrad", "GradVac", "IMTL-G", "CAGrad", "Nash-MTL", "Aligned-MTL"]
 )
 def test_log_variants_are_hollow_and_keep_the_color(method):
-    plain, log = method_style(method), method_style(f"{method}+log")
+    plain = method_style(method)
+    log = method_style(f"{method}+log")
     assert (log["color"], log["marker"]) == (plain["color"], plain["marker"])
     assert log["markerfacecolor"] == "white" and "markerfacecolor" not in plain
 

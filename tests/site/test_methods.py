@@ -71,7 +71,8 @@ def test_facts_are_complete(name):
 def toy(theta):
     """The two losses, written down a second time."""
     x, y = theta
-    c1, c2 = torch.relu(torch.tanh(y / 2)), torch.relu(torch.tanh(-y / 2))
+    c1 = torch.relu(torch.tanh(y / 2))
+    c2 = torch.relu(torch.tanh(-y / 2))
     f1 = torch.log(torch.clamp(abs((-x - 7) / 2 - torch.tanh(-y)), min=5e-6)) + 6
     f2 = torch.log(torch.clamp(abs((-x + 3) / 2 - torch.tanh(-y) + 2), min=5e-6)) + 6
     g1 = ((-x + 7) ** 2 + 0.1 * (-y - 8) ** 2) / 10 - 20

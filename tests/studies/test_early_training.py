@@ -50,10 +50,8 @@ def factors_of(record):
 
 def check_numbers(records, folder):
     """The files beside the pictures say what the records say."""
-    losses, weights = (
-        rows(folder, "qm9_early_losses_*.csv"),
-        rows(folder, "qm9_early_weights_*.csv"),
-    )
+    losses = rows(folder, "qm9_early_losses_*.csv")
+    weights = rows(folder, "qm9_early_weights_*.csv")
     for record in records:
         method = record["config"]["method"]
         if record["curves"]["epochs"]:

@@ -48,9 +48,12 @@ def metrics(benchmark, method):
 
 def drop(benchmark, method, base="STL"):
     """Delta_m by plain numpy."""
-    found, zero = metrics(benchmark, method), metrics(benchmark, base)
-    one, stl = np.array(list(found.values())), np.array([zero[name] for name in found])
-    return np.mean(np.where([name in UP for name in found], 1, -1) * (stl - one) / stl) * 100
+    of_method = metrics(benchmark, method)
+    of_base = metrics(benchmark, base)
+    values = np.array(list(of_method.values()))
+    base_values = np.array([of_base[name] for name in of_method])
+    signs = np.where([name in UP for name in of_method], 1, -1)
+    return np.mean(signs * (base_values - values) / base_values) * 100
 
 
 # ---------------------------------------------------------------------------------- printed numbers
