@@ -244,6 +244,7 @@ def test_cityscapes_smoke_run_leaves_a_record_that_says_generated(tmp_path, monk
     assert set(record["curves"]["test"]["depth"]) == {"AErr", "RErr"}
 
 
+@pytest.mark.full
 def test_cityscapes_equal_weighting_learns_generated_streets():
     scale = replace(
         BENCHMARK.scale("generated"),

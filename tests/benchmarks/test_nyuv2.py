@@ -209,6 +209,7 @@ def test_nyuv2_refuses_unknown_choices(key, value):
         load(scale) if key == "source" else make_network("nyuv2", scale, None, ["depth"])
 
 
+@pytest.mark.full
 @each_network
 @pytest.mark.parametrize("task", OUTPUTS)
 def test_nyuv2_single_task_networks_have_the_heads_of_the_whole_network(name, task, rooms):
@@ -239,6 +240,7 @@ def test_nyuv2_single_task_networks_have_the_heads_of_the_whole_network(name, ta
 # -------------------------------------------------------------------------------------------- runs
 
 
+@pytest.mark.full
 @each_network
 @pytest.mark.parametrize("method", ["STL", "EW", "DB-MTL", "FAMO", "MGDA-UB", "IMTL-G-features"])
 def test_nyuv2_smoke_runs(name, method, rooms, tmp_path):
@@ -272,6 +274,7 @@ def test_nyuv2_smoke_runs(name, method, rooms, tmp_path):
     )
 
 
+@pytest.mark.full
 def test_nyuv2_segnet_goes_on_in_the_middle_of_an_epoch_with_its_augmentation(rooms, tmp_path):
     benchmark, data = with_smoke_scale("nyuv2-segnet", epochs=2), rooms[True]
     assert data.train.augment and not data.test.augment
@@ -328,6 +331,7 @@ def test_nyuv2_how_a_network_is_run_comes_from_the_scale(monkeypatch):
     assert passed_on == len(NETWORKS) * [options, {}]
 
 
+@pytest.mark.full
 @each_network
 @pytest.mark.parametrize(
     "options",
@@ -366,6 +370,7 @@ def test_nyuv2_runs_in_half_precision_or_recomputed(name, options, rooms, tmp_pa
     )
 
 
+@pytest.mark.full
 def test_nyuv2_equal_weighting_learns_generated_rooms():
     scale = replace(SMOKE, width=8, batch_size=8, train_size=64, eval_size=16, learning_rate=1e-2)
     benchmark = get_benchmark("nyuv2")
@@ -515,6 +520,7 @@ def test_nyuv2_missing_pictures_give_the_recipe(name, nothing):
             load(get_benchmark(name).scale(scale))
 
 
+@pytest.mark.full
 def test_nyuv2_command_ends_with_2_where_pictures_are_missing(nothing):
     command = [
         sys.executable,

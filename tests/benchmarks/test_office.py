@@ -281,6 +281,7 @@ def test_office_smoke_run_is_recorded_with_its_notes(tmp_path):
     assert record["steps"] == 2 * (24 // 8)
 
 
+@pytest.mark.full
 def test_office_generated_images_can_be_learned():
     """One domain by itself: the mixed running statistics of several need more steps."""
     extra = office31.scale("smoke").extra

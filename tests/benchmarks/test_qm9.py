@@ -139,6 +139,7 @@ def test_qm9_single_task_network_has_one_head(qm9, smoke):
     assert optimizer.param_groups[0]["weight_decay"] == 1e-5
 
 
+@pytest.mark.full
 def test_qm9_learns_in_a_minute_of_one_core(qm9, sample):
     """Equal weighting beats the floor on most tasks after 60 small steps."""
     scale = dataclasses.replace(

@@ -532,6 +532,7 @@ def through_disk(state):
     return torch.load(buffer, weights_only=True)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("check", ["now", "later", "off"])
 @pytest.mark.parametrize("method", method_names())
 @pytest.mark.parametrize("carry", [lambda state: state, through_disk], ids=["memory", "disk"])

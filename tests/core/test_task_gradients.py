@@ -182,6 +182,7 @@ def test_task_gradients_equal_one_plain_pass_each(name, grads):
             assert_close(heads.get(p, torch.zeros_like(p)), g, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("grads", MODES)
 def test_task_gradients_under_a_compiled_trunk(grads):
     net, x = case("mlp")

@@ -201,6 +201,7 @@ def test_image_store_without_pillow_says_what_to_install(tmp_path, monkeypatch):
         read_image(tmp_path / "a.png")
 
 
+@pytest.mark.full
 def test_image_store_is_imported_without_pillow():
     code = "import sys, dbmtl.data.image_store; assert 'PIL' not in sys.modules"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT)
@@ -579,6 +580,7 @@ MOMENTS = {  # when the process is killed, and whether an older store survives i
 }
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_image_store_killed_build_leaves_no_store(start, items, tmp_path, cache, moment):
@@ -596,6 +598,7 @@ def test_image_store_killed_build_leaves_no_store(start, items, tmp_path, cache,
     assert leftovers(cache) == []
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.name == "nt", reason="file locks")
 def test_image_store_two_processes_build_once(start, items, tmp_path):
     ready = "while len(Path(log + '.ready').read_text()) < 2: time.sleep(0.01)\n    time.sleep(0.4)"

@@ -65,6 +65,7 @@ def slow_ray(plain, ray, far=30.0, steps=3000):
     return high, number
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", range(4))
 def test_first_hit_is_that_of_a_slow_march_along_the_ray(seed):
     bodies, plain = random_bodies(seed)

@@ -96,6 +96,7 @@ def test_normals_are_units_that_face_the_camera(many):
 # -------------------------------------------------------------------------------------------- seeds
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("make", "size"), [(rooms, (17, 23)), (streets, (20, 33))])
 def test_a_scene_does_not_depend_on_how_many_there_are(make, size):
     large = make(700, size, seed=3)
@@ -235,6 +236,7 @@ class Small(torch.nn.Module):
         return self.last(torch.cat([fine, coarse], 1)).split([13, 1, 3], 1)
 
 
+@pytest.mark.full
 def test_rooms_can_be_learned_and_are_not_trivial(many):
     torch.manual_seed(0)
     image, label = many["image"], many["label"].long()
@@ -283,6 +285,7 @@ def test_color_alone_does_not_tell_the_class(many):
     assert np.mean(recall) < 0.35, recall
 
 
+@pytest.mark.full
 def test_streets_can_be_learned_and_are_not_trivial(roads):
     x = features(roads["image"][:45])
     new = features(roads["image"][45:])

@@ -27,6 +27,8 @@ from dbmtl.experiments.cluster import WorkerLost, run_on, run_remotely
 from dbmtl.experiments.records import read_records
 from dbmtl.experiments.run import main, run_all
 
+pytestmark = pytest.mark.full
+
 FINISHED = {
     "state": "finished",
     "reason": "",

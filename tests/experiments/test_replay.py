@@ -291,6 +291,7 @@ def test_ctrl_c_keeps_what_was_found(runs, monkeypatch, capsys):
     assert len(read_replays(runs)) == 1
 
 
+@pytest.mark.full
 def test_two_processes_find_the_same(runs):
     replay_all(records_of(runs), runs)
     content = replays_path(runs).read_bytes()
@@ -349,6 +350,7 @@ def test_outside_of_a_project_nothing_is_known(record, monkeypatch, tmp_path):
 # -------------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("options", "count"),
     [
@@ -417,6 +419,7 @@ def committed(benchmark, scale, *methods):
     return [pytest.param(path, id=path.stem) for path in paths]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "path",
     [
@@ -429,6 +432,7 @@ def test_todays_code_replays_committed_records(path):
     assert found["outcome"] in ("exact", "close"), found
 
 
+@pytest.mark.full
 @pytest.mark.data
 @pytest.mark.parametrize("path", committed("nyuv2", "cpu", "EW"))
 def test_todays_code_replays_committed_records_of_real_data(path):
@@ -436,6 +440,7 @@ def test_todays_code_replays_committed_records_of_real_data(path):
     assert found["outcome"] in ("exact", "close"), found
 
 
+@pytest.mark.full
 @pytest.mark.data
 @pytest.mark.slow  # the features of thousands of images are computed once, which takes minutes
 @pytest.mark.parametrize(

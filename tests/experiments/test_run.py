@@ -241,6 +241,7 @@ def test_a_missing_cuda_device_is_said_so(monkeypatch):
 # ---------------------------------------------------------------------------------------- processes
 
 
+@pytest.mark.full
 def test_jobs_give_the_records_of_one_process(tmp_path):
     options = {"hyper": {"DB-MTL": {"beta": 0.1}}, "monitor_every": 9}
     one = run_all("toy", ["EW", "DB-MTL"], out=tmp_path / "one", **options)
@@ -264,6 +265,7 @@ def test_jobs_need_a_benchmark_that_has_a_name(tmp_path):
         run_all(replace(toy, name="mine"), ["EW", "STL"], out=tmp_path, jobs=2)
 
 
+@pytest.mark.full
 def test_one_pending_run_gets_a_process_too(tmp_path):
     assert statuses(run_all("toy", ["EW"], out=tmp_path, jobs=2)) == ["done now"]
     assert read_records(tmp_path)[0]["threads"] == 1
@@ -309,6 +311,7 @@ def test_a_composition_that_cannot_be_says_why(tmp_path, capsys):
         check_names("toy", ["DBMTL+log"], "smoke")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_missing_data_are_told_without_a_traceback(tmp_path, jobs):
     program = command(
@@ -352,6 +355,7 @@ def start(tmp_path, *more):
     return process
 
 
+@pytest.mark.full
 def test_ctrl_c_with_jobs_stops_every_process_at_a_checkpoint(tmp_path):
     process = start(tmp_path, "--checkpoint-seconds", "0.2", "--jobs", "2")
     process.send_signal(signal.SIGINT)

@@ -80,6 +80,7 @@ def test_a_benchmark_without_validation_runs(tmp_path):
     assert selected(record)["large"]["MAE"] == record["curves"]["test"]["large"]["MAE"][epoch - 1]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["EW", "DB-MTL", "STL"])
 @pytest.mark.parametrize("name", ["toy", "toy-multi"])
 def test_a_run_stopped_at_many_steps_gives_the_same_record(name, method, tmp_path):
@@ -164,6 +165,7 @@ for deed in sys.argv[3:]:
 """
 
 
+@pytest.mark.full
 def test_a_process_killed_at_any_moment_loses_nothing(tmp_path):
     """SIGKILL at three steps, in the middle of a checkpoint write, and between its two renames."""
     whole = train("toy", "DB-MTL", seed=3, out=tmp_path / "whole", monitor_every=5)

@@ -116,6 +116,7 @@ def test_gradvac_equal_gradients_for_long(float64, gram):
     assert vac(gram(float64([1, 0], [1, 1], [0, 1])), None).isfinite().all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.float32, D])
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 def test_gradvac_duplicate_losses_stay_the_sum_in_training(dtype, eps):

@@ -105,6 +105,7 @@ def test_metabalance_target_is_one_of_the_tasks():
     assert method.memory == {}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_metabalance_norms_that_have_faded_away_multiply_a_zero_gradient(dtype):
     """0.9^8000 is below the smallest float64: ratios overflow, 0 x infinity would be NaN."""

@@ -384,6 +384,7 @@ def test_mtadam_parts_by_hand(float64):
     assert_close([mean, root], [float64(2 / 0.75), float64(math.sqrt(5.25 / (1 - 0.75**2)))])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_mtadam_norms_that_have_faded_away_multiply_a_zero_gradient(dtype, float64):
     """0.9^8000 is below the smallest float64: ratios overflow, 0 x infinity would be NaN."""

@@ -313,15 +313,18 @@ def learned(share):
     return share > 0.8
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", [10, 11, 12])
 def test_igb_learns_the_bandit(seed):
     assert learned(play(seed))
 
 
+@pytest.mark.full
 def test_igb_with_a_bound_learns_it_too():
     assert 0.8 < play(13, bounded=True) < 0.89  # softmax of actions in (-1, 1) gives at most 0.881
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "frozen", [dict(lr=0.0), dict(updates=0), dict(update_epoch=1000)], ids=str
 )

@@ -94,6 +94,7 @@ READERS = [name for name in method_names() if reads_gradients(name)]
 OTHERS = [name for name in method_names() if not reads_gradients(name) and name != "IGBv2"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", READERS)
 @examples(15)
 @given(jacobians(), values, st.sampled_from([F64, torch.float32]))

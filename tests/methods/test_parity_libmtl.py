@@ -161,6 +161,7 @@ def test_libmtl_shared_gradients(number):
     assert_close(run(number).gradients, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("route", ROUTES[1:])
 @pytest.mark.parametrize("number", range(len(CASES)), ids=title)
 def test_libmtl_shared_gradients_come_out_the_same_by_every_route(number, route):

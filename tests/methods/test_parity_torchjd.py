@@ -271,6 +271,7 @@ def test_torchjd_cagrad_stops_at_a_pareto_point_and_ours_helps_who_can_be_helped
     assert_close(direction("CAGrad", J, c=1.5, rescale=0), torch.tensor([0.0, 1 / 3], dtype=F64))
 
 
+@pytest.mark.full
 @everywhere
 @kinds
 @pytest.mark.filterwarnings("ignore:You are solving a parameterized problem that is not DPP")

@@ -697,6 +697,7 @@ READERS = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("case", EDGES)
 def test_degenerate_gradients_are_no_news(case, dtype):

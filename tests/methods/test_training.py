@@ -28,6 +28,8 @@ from dbmtl.loss_balancing.log import Identity
 from dbmtl.registry import method_names
 from dbmtl.report.style import method_style, printed_name
 
+pytestmark = pytest.mark.full
+
 FIGURES = Path(__file__).resolve().parents[2] / "figures"
 
 

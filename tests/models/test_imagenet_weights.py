@@ -31,6 +31,7 @@ def checkpoint(published):
     return checkpoint
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("age", ["today", "2017"])
 def test_weights_load_from_a_torchvision_shaped_file(checkpoint, name, age, tmp_path):

@@ -121,6 +121,7 @@ def is_last(x):
 # ----------------------------------------------------------------------------------- half precision
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", [*METHODS, "IMTL-L", "MGDA-UB", "MoCo"])
 def test_bf16_equals_float32_to_its_precision(method):
     reference = train(net(), method)
@@ -168,6 +169,7 @@ def test_the_logarithm_lifts_small_losses_by_itself(factor):
     assert (in_half - expected).norm() < 0.005 * expected.norm()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", SWITCHES)
 def test_predictions_losses_and_gradients_are_float32(how):
     model = net(**SWITCHES[how])
@@ -390,6 +392,7 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_a_trunk_through_aot_eager_equals_the_plain_run(checkpoint):
@@ -408,6 +411,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+@pytest.mark.full
 @needs_compiler
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -429,6 +433,7 @@ def test_a_trunk_through_inductor_equals_the_plain_run():
             assert ours["trunk.1.num_batches_tracked"] == 5
 
 
+@pytest.mark.full
 def test_compiling_works_in_a_process_that_has_imported_nothing_else():
     code = """import torch; from dbmtl.models.precision import efficient
 # the import of the compiler would take seconds, and hide what it has imported
@@ -439,6 +444,7 @@ assert torch._functorch.config.donated_buffer is False"""
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("fresh_compiler")
 def test_networks_of_one_shape_are_compiled_once():
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -488,6 +494,7 @@ def test_a_pickled_network_trains_as_the_network_itself(how):
     assert_close(ours, train(model, steps=3), rtol=0, atol=0)
 
 
+@pytest.mark.full
 def test_a_network_is_loaded_by_another_process(tmp_path):
     torch.manual_seed(0)
     switches = {"precision": "bf16", "channels_last": True, "checkpoint": True}
@@ -502,6 +509,7 @@ assert model.made_efficient and type(model.trunk).__name__ == "ResNet"
     subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], check=True)
 
 
+@pytest.mark.full
 def test_a_compiled_network_keeps_its_buffers_in_another_process(tmp_path):
     model = efficient(DeepLab({"depth": 1}, 4), compile="aot_eager")
     (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))

@@ -54,6 +54,7 @@ def both(molecules, index, width, dtype):
     return results
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "dtype, width, tolerance",
     [(torch.float64, 64, 1e-10), (torch.float32, 64, 3e-6), (torch.float64, 8, 1e-10)],

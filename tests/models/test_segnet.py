@@ -348,6 +348,7 @@ def test_segnet_at_feature_level_works_without_attention_and_is_refused_with_it(
         model(images)
 
 
+@pytest.mark.full
 def test_segnet_learns_all_tasks_at_once():
     model = network()
     images = F.interpolate(pictures(4, 4, batch=4), 32)

@@ -294,6 +294,7 @@ def test_mtan_without_its_blocks_in_shared_warns():
         DBMTL(shared=model.trunk.backbone, num_tasks=3).backward(losses_of(model, pictures()))
 
 
+@pytest.mark.full
 @each_network
 @pytest.mark.parametrize("method", ["GLS", "IGBv2", "CAGrad+log"])
 def test_soft_sharing_under_other_methods(kind, method):
@@ -340,6 +341,7 @@ def test_soft_sharing_update_does_not_depend_on_the_units_of_losses(kind):
     assert cosine("EW") < 0.9
 
 
+@pytest.mark.full
 @each_network
 def test_soft_sharing_learns_all_tasks_at_once(kind):
     model = network(kind)

@@ -101,6 +101,7 @@ def place(page, name, scale, gains, **options):
 # ------------------------------------------------------------------------------------------ the ids
 
 
+@pytest.mark.full
 def test_claims_have_a_row_each(page):
     assert list(dict.fromkeys(row["id"] for row in page["rows"])) == IDS
     with open(ROOT / "figures" / "claims_table.csv", newline="", encoding="utf-8") as file:

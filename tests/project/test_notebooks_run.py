@@ -13,6 +13,8 @@ import nbformat
 import papermill
 import pytest
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 180  # seconds
 KERNEL = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}

@@ -2,7 +2,6 @@
 
 import os
 import re
-import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -89,15 +88,6 @@ def test_commands_are_executable_and_parse(name):
     subprocess.run(["bash", "-n", ROOT / name], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", "-x", name], cwd=ROOT, check=True)
-
-
-def test_what_fast_leaves_out_exists():
-    """A renamed test would silently come back into `--fast`."""
-    for entry in runpy.run_path(str(ROOT / "tests" / "conftest.py"))["FULL"]:
-        file, _, test = entry.partition("::")
-        path = ROOT / "tests" / file
-        assert path.is_file(), entry
-        assert f"def {test}" in path.read_text(encoding="utf-8"), entry
 
 
 def test_licence_and_notice():

@@ -421,6 +421,7 @@ def opened(name, folder, monkeypatch):
     return names
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name, stem", STEMS.items())
 def test_bars_of_figures_say_what_was_not_run(name, stem, tmp_path, monkeypatch):
     opened(name, tmp_path, monkeypatch)
@@ -455,6 +456,7 @@ def test_bars_of_figures_say_what_was_not_run(name, stem, tmp_path, monkeypatch)
     assert len(re.findall(">not run<", smoke.read_text())) == missing
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name, stem", STEMS.items())
 def test_bars_of_figures_draw_made_up_records_exactly(name, stem, tmp_path, monkeypatch):
     benchmarks = {
@@ -509,6 +511,7 @@ def gain_of_beta(label, seed):
     return 2 + seed * 0.1 + difference
 
 
+@pytest.mark.full
 def test_bars_of_figure5_count_the_verdicts_by_kind(tmp_path, monkeypatch):
     for label, seed in itertools.product(["STL", *BETAS], range(3)):
         gain = gain_of_beta(label, seed)
@@ -521,6 +524,7 @@ def test_bars_of_figure5_count_the_verdicts_by_kind(tmp_path, monkeypatch):
     assert [row["verdict on the average"] for row in claims] == ["same sign", "same sign"]
 
 
+@pytest.mark.full
 def test_bars_of_figure6_test_what_constants_do(tmp_path, monkeypatch):
     """Under Adam nothing, under SGD the ends lower, as in the paper; the maximum best under SGD,
     last under Adam."""

@@ -347,6 +347,7 @@ def several_tasks(count):
     return Benchmark(f"toy-{count}", tasks, toy.scales, toy.load, toy.network, toy.optimizer)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tasks", [1, 2, 11])
 @pytest.mark.parametrize("methods", [1, 21])
 def test_pages_pictures_have_room_for_everything(tasks, methods):
@@ -375,6 +376,7 @@ def test_pages_pictures_have_room_for_everything(tasks, methods):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("count", [2, 6, 20])
 def test_pages_bars_have_labels_that_do_not_touch(count):
     use_style()

@@ -55,6 +55,7 @@ def test_save_figure_writes_the_same_bytes_twice(tmp_path):
         assert one.read_bytes() == two.read_bytes()
 
 
+@pytest.mark.full
 def test_save_figure_writes_the_same_bytes_in_another_process(tmp_path):
     script = (
         "import sys, matplotlib; matplotlib.use('Agg')\n"

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "figures"
 VOID = {"meta", "link", "img", "input"}  # elements without an end

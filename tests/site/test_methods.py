@@ -32,6 +32,7 @@ def test_the_table_of_methods_is_complete_and_in_order():
     assert list(METHODS) == method_names()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", method_names())
 def test_the_table_of_methods_is_what_is_counted(name):
     _, _, _, passes, heads, state, _ = METHODS[name]
@@ -95,6 +96,7 @@ def test_toy_problem_shows_every_method_on_parameters_from_five_starts():
     assert "CAGrad+log" in shown and "EW+log" in shown
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name, objective",
     [

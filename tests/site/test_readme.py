@@ -13,6 +13,8 @@ import nbformat
 import pytest
 from scipy import stats
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, flags=re.S | re.M)

@@ -19,6 +19,8 @@ from torch.testing import assert_close
 from dbmtl.benchmarks.base import TensorSplit, get_benchmark
 from dbmtl.benchmarks.office import OfficeNet
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "16_studies/01_batch_norm"
 NOTEBOOK = ROOT / "nbs" / f"{NAME}.ipynb"

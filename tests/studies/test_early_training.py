@@ -93,6 +93,7 @@ def smoke(tmp_path_factory):
     return out / "out" / "smoke"
 
 
+@pytest.mark.full
 def test_early_training_takes_steps_and_draws_its_own_records(smoke):
     records = {
         r["config"]["method"]: r

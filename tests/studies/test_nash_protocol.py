@@ -162,6 +162,7 @@ def records():
     return found
 
 
+@pytest.mark.full
 def test_nash_figure_is_of_the_records():
     rows = [row for row in read(FIGURES / "nash_update_every.csv") if row["source"] == "ours"]
     if not rows:
@@ -208,6 +209,7 @@ def test_nash_figure_is_of_the_records():
 # ------------------------------------------------------------------------------------ what it costs
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("update_every, expected", [(1, 300), (5, 20 * 3 + 80), (50, 2 * 3 + 98)])
 def test_nash_toy_passes_by_a_hook(update_every, expected):
     """A hook on the trunk's output counts the gradients of 100 steps of three tasks."""

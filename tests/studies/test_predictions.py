@@ -15,6 +15,8 @@ from PIL import Image
 
 from dbmtl.benchmarks.base import get_benchmark
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).resolve().parents[2]
 ALBUMS = {
     "rooms": ("nyuv2", ["label", "depth", "normal"]),
