@@ -235,7 +235,8 @@ class _Engine:
     "Timed `torch.autograd.grad` and `backward`, and their calls that pass the trunk."
 
     def __init__(self, watch: Stopwatch, model):
-        self.watch, self.passes = watch, 0
+        self.watch = watch
+        self.passes = 0
         self.mine, self.shared = (
             {id(p) for p in part.parameters()} for part in (model, model.trunk)
         )

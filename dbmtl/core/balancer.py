@@ -101,7 +101,9 @@ class Balancer:
         self.check = check_choice("check", check, ("now", "later", "off"))
         self.level = check_choice("level", level, ("parameters", "features"))
         _check_composition(aggregator, ema, level)
-        self.transform, self.aggregator, self.ema = transform, aggregator, ema
+        self.transform = transform
+        self.aggregator = aggregator
+        self.ema = ema
         self.shared = shared_parameters(shared)
         labels = {} if model is None else {p: name for name, p in model.named_parameters()}
         self.partition = Partition(self.shared, num_tasks, labels)
@@ -281,7 +283,8 @@ class Balancer:
         else:
             positions = batch.positions(self.shared, self._remembered())
         gradients = StepGradients([], positions)
-        heads, lengths = [], []
+        heads = []
+        lengths = []
         passes = batch.passes(slope, self.shared, positions, scale, self.grads)
         for t, (row, head) in enumerate(passes):
             if self.ema:

@@ -123,7 +123,8 @@ def check_losses(
     if is_valid.all():
         return
     first_bad = is_valid.tolist().index(False)
-    name, value = names[first_bad], values[first_bad]
+    name = names[first_bad]
+    value = values[first_bad]
     kind = ValueError if value.isfinite() else FloatingPointError
     raise kind(f"the loss of task {name!r} is {value:g}; it must be {transform.domain}")
 

@@ -50,7 +50,9 @@ class Partition:
         num_tasks: int,  # T
         labels: Mapping[Tensor, str],  # names of parameters, for the warning
     ):
-        self.shared, self.num_tasks, self.labels = shared, num_tasks, labels
+        self.shared = shared
+        self.num_tasks = num_tasks
+        self.labels = labels
         self.names: tuple | None = None  # T task names; None before the first graph
         self.reached: dict[Tensor, int] = {}  # leaf -> bit mask of the tasks that reach it
         self.seen: set[int] = set()  # tasks whose graph was looked at

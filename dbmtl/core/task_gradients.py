@@ -16,7 +16,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 # %% ../../nbs/01_core/03_task_gradients.ipynb #390552c3
 def _peel(edge: GradientEdge) -> GradientEdge:
     "Step behind `torch.stack(...)[i]` or `torch.stack(...).unbind()[i]` to what was stacked."
-    node, kind = edge.node, type(edge.node).__name__
+    node = edge.node
+    kind = type(node).__name__
     if kind not in ("SelectBackward0", "UnbindBackward0"):
         return edge
     inner = node.next_functions[0][0]
@@ -175,7 +176,8 @@ def _heads_to_boundary(roots, cut, cotangents, graph, retain_graph):
     "Every head alone: T dictionaries {cut edge: cotangent that arrives}, and {leaf: gradient}."
     common = [p for p, mask in graph.leaves.items() if mask & (mask - 1)]
     leaf_at = {get_gradient_edge(p).node: p for p in common}
-    arrived, heads = [], []
+    arrived = []
+    heads = []
     for t, root in enumerate(roots):
         private = [p for p, mask in graph.leaves.items() if mask == 1 << t]
         if root in cut[t]:
@@ -272,7 +274,8 @@ def task_gradients(
     pairs = zip(cotangents, losses, strict=True)
     cotangents = [torch.as_tensor(start).reshape(()).to(loss) for start, loss in pairs]
     passes = iterate_task_gradients(roots, shared, cotangents, trace(roots), grads, retain_graph)
-    rows, heads = [], []
+    rows = []
+    heads = []
     for row, head in passes:
         rows.append(row)
         heads.append(head)

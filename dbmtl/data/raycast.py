@@ -111,7 +111,9 @@ def _rotation(yaw, pitch, roll) -> Tensor:  # [B, 3, 3]
     return turn @ tilt @ lean
 
 # %% ../../nbs/07_data/01_raycast.ipynb #c99277fe
-BOX, ELLIPSOID, CYLINDER = 0, 1, 2
+BOX = 0
+ELLIPSOID = 1
+CYLINDER = 2
 COLUMNS = (
     *("cx", "cy", "cz"),  # center
     *("hx", "hy", "hz"),  # half sizes
@@ -226,7 +228,10 @@ def _windows(table, rotation, slope, size):
     """
     signs = [[a, b, c] for a in (-1.0, 1.0) for b in (-1.0, 1.0) for c in (-1.0, 1.0)]
     sign = torch.tensor(signs).T[:, :, None, None]
-    center, half, cos, sin = table[:3, None], table[3:6, None], table[6], table[7]
+    center = table[:3, None]
+    half = table[3:6, None]
+    cos = table[6]
+    sin = table[7]
     x, y, z = center + sign * half
     corner = torch.stack([x * cos + z * sin, y, z * cos - x * sin], -1)  # [8, B, K, 3]
     u, v, w = (corner @ rotation).unbind(-1)
@@ -280,9 +285,14 @@ def first_hit(
             x, y, z = all_rays.flatten(1).index_select(1, pixels)
             body = table[:8, :, number].repeat_interleave(count, 1)
             nearest = depth.view(-1)[pixels]
-        center, half, cos, sin = body[:3], body[3:6], body[6], body[7]
+        center = body[:3]
+        half = body[3:6]
+        cos = body[6]
+        sin = body[7]
         if frame:
-            x, z = x * cos - z * sin, x * sin + z * cos
+            turned_x = x * cos - z * sin
+            z = x * sin + z * cos
+            x = turned_x
         if covers_much and not frame:
             inverse = all_inverse
         else:
@@ -321,7 +331,9 @@ def surface(
     values = table.reshape(num_columns, -1).index_select(1, place)
     values = values.view(num_columns, num_scenes, -1)
     columns = dict(zip(COLUMNS, values, strict=True))
-    cos, sin, kind = columns["cos"], columns["sin"], columns["kind"]
+    cos = columns["cos"]
+    sin = columns["sin"]
+    kind = columns["kind"]
     x, y, z = (rays * depth[:, None]).unbind(1)
     hit = torch.stack([x * cos - z * sin, y, x * sin + z * cos])  # in the axes of the body
     point = hit - values[:3]

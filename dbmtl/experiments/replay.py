@@ -79,7 +79,8 @@ def compare_numbers(
     first = None
     is_exact = True
     for place in [*recorded, *(place for place in replayed if place not in recorded)]:
-        old, new = recorded.get(place), replayed.get(place)
+        old = recorded.get(place)
+        new = replayed.get(place)
         if old == new:
             continue
         is_exact = False
@@ -87,8 +88,14 @@ def compare_numbers(
         worst = max(worst, difference)
         if first is None and difference > _tolerance(place):
             first = {"place": place, "recorded": old, "replayed": new}
+    if is_exact:
+        outcome = "exact"
+    elif first is None:
+        outcome = "close"
+    else:
+        outcome = "differs"
     comparison = {
-        "outcome": "exact" if is_exact else "close" if first is None else "differs",
+        "outcome": outcome,
         "numbers": sum(not isinstance(value, str) for value in recorded.values()),
         "worst": round_numbers(worst, 2),
     }

@@ -471,7 +471,8 @@ def _returned(run: PlannedRun, out, outcome: dict, patience: float = 60.0) -> di
     "What came back from a worker; another machine's file may take a while to be seen."
     if "lost" in outcome:
         return _stub(run, "pending")
-    report, code = outcome["report"], outcome["code"]
+    report = outcome["report"]
+    code = outcome["code"]
     if report is None and (code or 0) <= 0:
         return _stub(run, "pending")
     end = time.monotonic() + patience

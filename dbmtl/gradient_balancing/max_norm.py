@@ -13,7 +13,7 @@ from ..core.aggregator import NormAggregator
 from ..core.checks import check_choice, check_number
 from ..core.method_facts import Facts, Origin
 
-# %% ../../nbs/03_gradient_balancing/02_max_norm.ipynb #d7da7a02
+# %% ../../nbs/03_gradient_balancing/02_max_norm.ipynb #d06309fe
 COMMON_LENGTHS = {
     "max": lambda norms: norms.max(),
     "min": lambda norms: norms.min(),
@@ -22,7 +22,7 @@ COMMON_LENGTHS = {
     "1/T": lambda norms: torch.full_like(norms[0], 1 / len(norms)),
 }
 
-# %% ../../nbs/03_gradient_balancing/02_max_norm.ipynb #d06309fe
+
 def common_length(
     norms: Tensor,  # [T]
     alpha: str | float = "max",  # "max", "min", "mean", "median", "1/T", or a constant

@@ -261,7 +261,8 @@ def graph_batch(
     first = torch.repeat_interleave(torch.arange(len(owner), device=size.device), size[owner])
     second = ranges(chosen.start[owner], size[owner])
     is_edge = first != second
-    first, second = first[is_edge], second[is_edge]
+    first = first[is_edge]
+    second = second[is_edge]
     molecule = owner[first]
     low = torch.minimum(first, second) - chosen.start[molecule]
     high = torch.maximum(first, second) - chosen.start[molecule]

@@ -45,9 +45,11 @@ def group_records(
     key=None,  # record -> name of its group; `label_of`, its method, if None
 ) -> dict:  # {method: {seed: record}}
     "Records by method and seed; raises ValueError where they cannot be compared."
-    groups, expected = {}, {}
+    groups = {}
+    expected = {}
     for record in records:
-        config, name = record["config"], (key or label_of)(record)
+        config = record["config"]
+        name = (key or label_of)(record)
         seed = config["seed"]
         run = f"{name!r}, seed {seed}"
         _require_same(expected, "runs", {k: config[k] for k in ("benchmark", "scale")}, run)
@@ -161,10 +163,12 @@ def task_gains_by_seed(
     protocol: str = "best",
 ) -> dict:  # {method: {seed: {task: percent}}}
     "Improvement of every trained task over the baseline's mean; tasks at their floor are left out."
-    results, poor = results_by_seed(groups, protocol), untrained(groups, protocol)
+    results = results_by_seed(groups, protocol)
+    poor = untrained(groups, protocol)
     if baseline not in results:
         return {}
-    base, gains = mean_results(results[baseline]), {}
+    base = mean_results(results[baseline])
+    gains = {}
     for name, runs in results.items():
         at_floor = {*poor.get(name, []), *poor.get(baseline, [])}
         directions = next(iter(groups[name].values()))["directions"]
@@ -235,7 +239,8 @@ def worst_tasks(
     protocol: str = "best",
 ) -> dict:  # {method: (task, percent)}
     "The task with the lowest mean improvement of every method that has a delta_p."
-    gains, worst = task_gains_by_seed(groups, baseline, protocol), {}
+    gains = task_gains_by_seed(groups, baseline, protocol)
+    worst = {}
     for name in delta_p_by_seed(groups, baseline, protocol):
         runs = list(gains[name].values())
         means = {task: _mean(run[task] for run in runs) for task in runs[0]}
@@ -424,7 +429,8 @@ def describe_runs(records: list[dict]) -> str:
     if not records:
         raise ValueError("records is empty: there are no runs to describe")
     config = records[0]["config"]
-    size, epochs = config["scale"], config["scale"]["epochs"]
+    size = config["scale"]
+    epochs = size["epochs"]
     multi_task = [record for record in records if record["config"]["method"] != "STL"]
     steps = [record["steps"] for record in multi_task or records]
     notes = {record["data"]["note"] for record in records if record.get("data", {}).get("note")}
@@ -443,7 +449,8 @@ def describe_runs(records: list[dict]) -> str:
 
 def span(values) -> str:
     "The smallest and the largest of some numbers in words: '3', or '1 to 3'."
-    low, high = min(values), max(values)
+    low = min(values)
+    high = max(values)
     return str(low) if low == high else f"{low} to {high}"
 
 
@@ -538,7 +545,8 @@ def write_table(
     caption: str = "",
 ) -> list[Path]:  # the files written: .md, .html, .csv
     "Write a table as Markdown, HTML and CSV, the same bytes every time."
-    markdown, page = Path(folder, f"{stem}.md"), Path(folder, f"{stem}.html")
+    markdown = Path(folder, f"{stem}.md")
+    page = Path(folder, f"{stem}.html")
     write_atomically(markdown, markdown_table(rows, caption).encode())
     write_atomically(page, html_table(rows, caption).encode())
     return [markdown, page, write_rows([_raw(row) for row in rows], Path(folder, f"{stem}.csv"))]

@@ -208,7 +208,8 @@ def paper_task_gains(
     benchmark: str,  # one of `TABLES`
 ) -> dict:  # method -> task -> percent
     "The improvement over STL that the printed metrics give, task by task."
-    table, directions = paper_table(benchmark), paper_directions(benchmark)
+    table = paper_table(benchmark)
+    directions = paper_directions(benchmark)
     return {
         method: delta_p_per_task(results, table["STL"], directions)
         for method, results in table.items()

@@ -120,7 +120,8 @@ def curve_rows(
     methods,
 ) -> list[dict]:  # {"task", "method", "seed", "epoch" or "step", kind}
     "The numbers of the curves as rows."
-    rows, axis = [], "epoch" if kind == "train" else "step"
+    rows = []
+    axis = "epoch" if kind == "train" else "step"
     for name in names:
         for method in methods:
             for seed, record in finished_runs(groups.get(method, {})).items():
@@ -159,7 +160,8 @@ def seed_bars(
     colors=None,  # {method: color} where that is not the method's
 ):
     "Draw one bar a method with its seeds as dots; returns `ax`."
-    labels, colors = labels or {}, colors or {}
+    labels = labels or {}
+    colors = colors or {}
     for place, method in enumerate(methods):
         runs = list(values.get(method, {}).values())
         if runs:
@@ -232,7 +234,8 @@ def bar_rows(
             for method in methods
             for seed, percent in ours[title].get(method, {}).items()
         ]
-        line, beside = {"benchmark": title, "source": "paper"}, printed.get(title, {})
+        line = {"benchmark": title, "source": "paper"}
+        beside = printed.get(title, {})
         rows += [
             line | {"method": method, "seed": "", "percent": beside[method]}
             for method in methods
@@ -248,7 +251,8 @@ def ratio_panel(
     label: str,  # of the vertical axis
 ):
     "One logarithmic axis for all tasks of several benchmarks; returns `ax`."
-    middles, names = [], []
+    middles = []
+    names = []
     place = 0
     for number, row in enumerate(rows):
         is_first = number == 0 or row["benchmark"] != rows[number - 1]["benchmark"]

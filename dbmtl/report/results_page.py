@@ -127,11 +127,13 @@ def open_page(
     "The records to show, grouped, with their improvements over STL."
     benchmark = get_benchmark(benchmark)
     if only_made:
-        scale, records = made[0]["config"]["scale"]["name"], made
+        scale = made[0]["config"]["scale"]["name"]
+        records = made
     else:
         scale, records = records_to_draw(benchmark, made, methods=methods)
         if scale in ("smoke", "not run"):
-            scale, records = "not run", []
+            scale = "not run"
+            records = []
     if records and benchmark.scale(scale).extra.get("source") == "generated":
         paper = None
     groups = _in_order(group_records(records), method_names() if methods is None else methods)
@@ -246,7 +248,8 @@ def _mean_cell(values):
 
 
 def _printed_row(page, name, columns, source):
-    results, base = page.printed[name], page.printed["STL"]
+    results = page.printed[name]
+    base = page.printed["STL"]
     worst = None if name == "STL" else worst_task(results, base, page.benchmark.directions)
     metrics = {column: results[task][metric] for (task, metric), column in columns.items()}
     return {
@@ -273,7 +276,8 @@ def difference_rows(
     second: str = "EW",
 ) -> list[dict]:
     "`first` minus `second`, ours and the paper's: delta_p with its verdict, then task by task."
-    weights, title = {first: 1, second: -1}, f"{first} - {second}"
+    weights = {first: 1, second: -1}
+    title = f"{first} - {second}"
     total, each = printed_gains(page, [first, second])
     rows = [
         {title: "delta_p"}

@@ -146,7 +146,8 @@ def two_methods_figure(
         {titles[name]: page.why_none(methods) for name, page in pages.items()},
         colors=dict(zip(methods, PAIR_COLORS, strict=True)),
     )
-    ours, paper = axes[: len(pages)], axes[len(pages) :]
+    ours = axes[: len(pages)]
+    paper = axes[len(pages) :]
     for ax, (name, page) in zip(ours, pages.items(), strict=True):
         source = f"ours, {page.scale}" if page.records else "ours"
         ax.set_title(f"{titles[name]}\n{source}", loc="left")

@@ -21,7 +21,8 @@ from ..core.checks import unknown_name
 from ..core.files import write_atomically
 
 # %% ../../nbs/11_report/01_style.ipynb #be4d696e
-COLUMN, PAGE = 3.5, 7.2  # figure widths in inches: one column, the whole page
+COLUMN = 3.5  # figure width in inches: one column
+PAGE = 7.2  # the whole page
 
 STYLE = {
     "figure.dpi": 100,
@@ -227,7 +228,8 @@ def save_figure(
     data: list[dict] | None = None,  # the numbers drawn, one dictionary a row
 ) -> list[Path]:  # the files written: SVG, PNG and, with data, CSV
     "Write `fig` as `stem.svg` and `stem.png`, `data` as `stem.csv`, the same bytes every time."
-    svg, png = Path(folder, f"{stem}.svg"), Path(folder, f"{stem}.png")
+    svg = Path(folder, f"{stem}.svg")
+    png = Path(folder, f"{stem}.png")
     drawn = io.StringIO()
     with mpl.rc_context({key: STYLE[key] for key in ("svg.hashsalt", "svg.fonttype")}):
         fig.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})

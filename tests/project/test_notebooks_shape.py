@@ -42,8 +42,7 @@ LAYERS = [
     "replay",
 ]
 RESULTS = ("15_paper/", "16_studies/", "17_site/")  # folders of notebooks without a module
-# whose notebooks show their class early; in the end: ("02_", "03_", "04_dbmtl")
-EARLY = ("02_", "04_dbmtl")
+EARLY = ("02_", "03_", "04_dbmtl")  # whose notebooks show their class early
 
 
 # --------------------------------------------------------------- what the rules ask of a notebook
