@@ -53,7 +53,6 @@ class Aggregator(Memory):
     at_features = False  # can it balance gradients of features in place of parameters?
     judges_infinity = False  # is its answer right for gradients that are not finite, too?
     weights_heads = False  # do the weights multiply the heads' gradients too?
-    may_fail = True  # may `forward` raise, say because a solver does not converge?
     moves_alone = False  # does it write finished updates, for plain SGD? See `of_heads`
     max_norm: float | None = None  # a longer direction is shortened to this
 
@@ -135,7 +134,6 @@ class LossWeighting(Aggregator):
 
     needs_gradients = False
     weights_heads = True
-    may_fail = False
 
 # %% ../../nbs/01_core/09_aggregator.ipynb #bcc57d01
 class NormAggregator(Aggregator):
@@ -167,7 +165,6 @@ class CrossGramianAggregator(Aggregator):
     "Weights from two batches for a third: `forward(C [T, T] float64, losses [T])` -> [T]."
 
     num_batches = 3
-    may_fail = False
 
     def measure(self, gradients: StepGradients) -> Tensor:  # [T, T]
         return gramian(*gradients.earlier)

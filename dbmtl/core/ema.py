@@ -74,27 +74,27 @@ class EMA:
             for position, gradient in zip(positions, row, strict=True)
         ]
 
-    def keep(self, t: int, row: list[Tensor], positions: list[int]):
-        "Store task t's smoothed gradient."
-        self.rows[t] = dict(zip(positions, row, strict=True))
-
-    def keep_if_finite(
+    def settled(
         self,
-        t: int,  # task
-        row: list[Tensor],  # P tensors, from `propose`
+        rows: list[list[Tensor]],  # T rows of P tensors, from `propose`
         positions: list[int],  # of the P tensors among the shared parameters
-        length: Tensor,  # scalar, norm of the row
-    ) -> list[Tensor]:  # P tensors: the row to go on with
-        "Store task t's smoothed gradient unless it is not finite. Off the CPU this has never run."
-        is_finite = length.isfinite()
-        if length.device.type == "cpu":
-            if is_finite:
-                self.keep(t, row, positions)
-            return row
-        pairs = zip(row, self._averages(t, row, positions), strict=True)
-        stored = [torch.where(is_finite, gradient, average) for gradient, average in pairs]
-        self.keep(t, stored, positions)
-        return stored
+        lengths: Tensor,  # [T] norms of the rows
+    ) -> dict:  # {task: {position: average}}
+        "What to keep of these rows: no gradient that is not finite. Off the CPU this has never run."
+        averages = {}
+        for t, row in enumerate(rows):
+            is_finite = lengths[t].isfinite()
+            if lengths.device.type != "cpu":
+                pairs = zip(row, self._averages(t, row, positions), strict=True)
+                row = [torch.where(is_finite, gradient, average) for gradient, average in pairs]
+            elif not is_finite:
+                continue
+            averages[t] = dict(zip(positions, row, strict=True))
+        return averages
+
+    def keep(self, averages: dict):
+        "Store the averages of a step that is done: {task: {position: average}}."
+        self.rows.update(averages)
 
     def __repr__(self) -> str:
         return f"EMA(beta={self.beta}, beta_decay={self.beta_decay})"

@@ -14,6 +14,15 @@ def _wide(tensors: list[Tensor]) -> torch.dtype:
     "float64 for float64 tensors, else float32: the dtype in which lengths are safe."
     return torch.float64 if any(g.dtype == torch.float64 for g in tensors) else torch.float32
 
+# %% ../../nbs/01_core/04_gramian.ipynb #8f1c260f
+def _is_safe(lengths: Tensor) -> Tensor:  # bool, of the same shape
+    "Where float32 has neither overflowed nor lost digits to underflow."
+    return (lengths > 1e-15) & lengths.isfinite()
+
+
+def _tensor_lengths(flat: list[Tensor], dtype: torch.dtype) -> Tensor:  # [len(flat)]
+    return torch.stack(torch._foreach_norm(flat, 2, dtype))
+
 # %% ../../nbs/01_core/04_gramian.ipynb #0b6a494e
 def norms(
     rows: list[list[Tensor]],  # T rows of P tensors
@@ -22,8 +31,18 @@ def norms(
     flat = [g for row in rows for g in row]
     if not flat:
         return torch.zeros(len(rows))
-    pieces = torch.stack(torch._foreach_norm(flat, 2, _wide(flat)))
-    return torch.linalg.vector_norm(pieces.view(len(rows), -1), dim=1)
+    dtype = _wide(flat)
+    device = flat[0].device.type
+    if device == "cuda" and dtype != torch.float64:  # never run: there was no such device
+        pieces = _tensor_lengths(flat, torch.float64).view(len(rows), -1)
+        return torch.linalg.vector_norm(pieces, dim=1).to(dtype)
+    pieces = _tensor_lengths(flat, dtype).view(len(rows), -1)
+    lengths = torch.linalg.vector_norm(pieces, dim=1)
+    if device == "cpu" and dtype != torch.float64:
+        for t in (~_is_safe(lengths)).nonzero().flatten().tolist():
+            row_pieces = _tensor_lengths(rows[t], torch.float64)
+            lengths[t] = torch.linalg.vector_norm(row_pieces)
+    return lengths
 
 # %% ../../nbs/01_core/04_gramian.ipynb #dbacd02c
 def _products(
@@ -70,7 +89,15 @@ def tensor_norms(
     flat = [g for row in rows for g in row]
     if not flat:
         return torch.zeros(len(rows), 0)
-    return torch.stack(torch._foreach_norm(flat, 2, _wide(flat))).view(len(rows), -1)
+    dtype = _wide(flat)
+    device = flat[0].device.type
+    if device == "cuda" and dtype != torch.float64:  # never run: there was no such device
+        return _tensor_lengths(flat, torch.float64).to(dtype).view(len(rows), -1)
+    lengths = _tensor_lengths(flat, dtype)
+    if device == "cpu" and dtype != torch.float64:
+        for i in (~_is_safe(lengths)).nonzero().flatten().tolist():
+            lengths[i] = torch.linalg.vector_norm(flat[i], dtype=torch.float64)
+    return lengths.view(len(rows), -1)
 
 # %% ../../nbs/01_core/04_gramian.ipynb #354cd024
 def cosines(

@@ -27,6 +27,16 @@ class MicroBatches:
         self.sizes: Tensor | float = 0.0  # [T]
         self.names: tuple = ()  # T
 
+    def copy(self) -> "MicroBatches":
+        "The same sums; what is added to the copy does not change the original."
+        copied = MicroBatches(len(self.rows))
+        copied.rows = [dict(row) for row in self.rows]
+        copied.heads = [dict(head) for head in self.heads]
+        copied.losses = self.losses
+        copied.sizes = self.sizes
+        copied.names = self.names
+        return copied
+
     def add_losses(self, values: Tensor, sizes: Tensor, names: tuple):
         "Add the losses [T] of one micro-batch, times their sizes [T]."
         self.losses = self.losses + torch.where(sizes > 0, values * sizes, 0)

@@ -6,8 +6,9 @@
 __all__ = ['forgotten_layers', 'Partition']
 
 # %% ../../nbs/01_core/12_partition.ipynb #d6a9518d
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -56,6 +57,8 @@ class Partition:
         self.names: tuple | None = None  # T task names; None before the first graph
         self.reached: dict[Tensor, int] = {}  # leaf -> bit mask of the tasks that reach it
         self.seen: set[int] = set()  # tasks whose graph was looked at
+        self._doubtful: list[Tensor] = []  # leaves of several tasks outside `shared`
+        self._flows: dict[Tensor, int] = {}  # leaf -> bit mask of the tasks with a gradient there
 
     @property
     def is_complete(self) -> bool:
@@ -67,7 +70,7 @@ class Partition:
         names: tuple,  # T
         graph: Graph,  # of some or all tasks
         tasks: list[int] | None = None,  # which these are; all if None
-    ) -> str:  # a warning once all tasks are known, or ""
+    ):
         "Note who reaches what in this graph."
         tasks = list(range(self.num_tasks)) if tasks is None else tasks
         for leaf, mask in graph.leaves.items():
@@ -75,9 +78,47 @@ class Partition:
             self.reached[leaf] = self.reached.get(leaf, 0) | reaching
         self.names = names
         self.seen |= set(tasks)
-        if not self.is_complete:
-            return ""
-        return forgotten_layers(self.reached, self.shared, self.labels)
+        if self.is_complete:
+            self._doubtful = self._reached_by_several()
+
+    def _reached_by_several(self) -> list[Tensor]:
+        "The parameters outside `shared` to which the graphs of several tasks lead."
+        inside = set(self.shared)
+        return [
+            leaf
+            for leaf, mask in self.reached.items()
+            if isinstance(leaf, Parameter) and leaf not in inside and mask & (mask - 1)
+        ]
+
+    def confirm(
+        self,
+        heads: list[dict],  # {leaf: gradient} of some or all tasks
+        tasks: list[int] | None = None,  # which these are; all if None
+    ) -> str:  # a warning, or ""
+        "Look at gradients to see who reaches a leaf to which several graphs lead."
+        tasks = list(range(self.num_tasks)) if tasks is None else tasks
+        every_leaf = {leaf for head in heads for leaf in head}
+        self._note_flows(heads, tasks, self._doubtful if self.is_complete else every_leaf)
+        confirmed = [leaf for leaf in self._doubtful if self._flows.get(leaf)]
+        for leaf in confirmed:
+            self.reached[leaf] = self._flows[leaf]
+        self._doubtful = [leaf for leaf in self._doubtful if not self._flows.get(leaf)]
+        reached = {leaf: self.reached[leaf] for leaf in confirmed}
+        return forgotten_layers(reached, self.shared, self.labels)
+
+    def _note_flows(self, heads: list[dict], tasks: list[int], leaves: Collection[Tensor]):
+        "Note which tasks have a gradient other than zero; one host read."
+        places = []
+        sizes = []
+        for t, head in zip(tasks, heads, strict=True):
+            for leaf in leaves:
+                if leaf in head:
+                    places.append((t, leaf))
+                    sizes.append(head[leaf].detach().abs().sum() > 0)
+        if not places:
+            return
+        for (t, leaf), flows in zip(places, torch.stack(sizes).tolist(), strict=True):
+            self._flows[leaf] = self._flows.get(leaf, 0) | int(flows) << t
 
     def describe(self) -> list[str]:
         "The parts in words, a line each."

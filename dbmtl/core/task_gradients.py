@@ -33,6 +33,10 @@ def _edge(name, loss: Tensor) -> GradientEdge:
     "Where the pass of one loss starts; errors name the loss."
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss {name} must be a tensor, got {loss!r}")
+    if loss.is_complex():
+        raise TypeError(f"loss {name} must be a real number, got {loss.dtype}")
+    if loss.is_inference():
+        raise ValueError(f"loss {name} was computed in inference mode, which keeps no graph")
     if loss.numel() != 1:
         raise ValueError(f"loss {name} must be a scalar, got shape {list(loss.shape)}")
     edge = None
@@ -123,16 +127,27 @@ def _grad(outputs, inputs, cotangents, retain_graph=False, batched=False) -> dic
     "`torch.autograd.grad` as a dictionary, without the inputs that nothing reached."
     if not inputs or not outputs:
         return {}
-    gradients = torch.autograd.grad(
-        outputs,
-        inputs,
-        cotangents,
-        retain_graph=retain_graph,
-        allow_unused=True,
-        is_grads_batched=batched,
-    )
+    options = {"retain_graph": retain_graph, "allow_unused": True}
+    if batched:
+        gradients = _batched_grad(outputs, inputs, cotangents, options)
+    else:
+        gradients = torch.autograd.grad(outputs, inputs, cotangents, **options)
     pairs = zip(inputs, gradients, strict=True)
     return {leaf: gradient for leaf, gradient in pairs if gradient is not None}
+
+
+def _batched_grad(outputs, inputs, cotangents, options: dict) -> tuple:
+    "All cotangents in one pass; RuntimeError where a part of the network cannot do that."
+    try:
+        return torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        raise RuntimeError(
+            "grads='batched' differentiates all tasks in one pass, and a part of this network "
+            "cannot do that (a compiled trunk, dropout in a checkpoint or a sparse embedding, "
+            f"for example): use grads='loop'. PyTorch says: {str(error).splitlines()[0]}"
+        ) from error
 
 # %% ../../nbs/01_core/03_task_gradients.ipynb #b48d561d
 def _loop(roots, shared, cotangents, graph, retain_graph):

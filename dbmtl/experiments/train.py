@@ -199,7 +199,7 @@ def make_record(
         "commit": run.commit,
         "optimizer": type(loop.optimizer).__name__,
         "notes": notes,
-        "skipped": loop.balancer.skipped.tolist(),
+        "skipped": loop.balancer.nonfinite.tolist(),
         "monitor_every": run.monitor_every,
         "monitors": loop.monitors,
         "curves": learning_curves(rows),

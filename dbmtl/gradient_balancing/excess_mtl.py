@@ -57,6 +57,7 @@ class ExcessMTL(GradientAggregator):
         total = self.memory.get("total", zeros)
         excess = zeros
         for i, gradients in zip(positions, zip(*rows, strict=True), strict=True):
+            roots[i] = roots[i].clone()  # what is remembered stays until the step is done
             excess = excess + excess_risk(roots[i], gradients, self.eps)
 
         is_warmup = seen < self.warmup

@@ -45,8 +45,6 @@ def equal_norm_weights(
 class MaxNorm(NormAggregator):
     "Scale all task gradients to one length, by default the largest norm (DB-MTL, Eq. 2)."
 
-    may_fail = False
-
     def __init__(
         self,
         alpha: str

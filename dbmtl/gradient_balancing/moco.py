@@ -109,21 +109,15 @@ class MoCo(GradientAggregator):
         lam = self.memory.get("lambda", equal)
         scales = self._scales(rows, losses)
         gradients_at = dict(zip(positions, zip(*rows, strict=True), strict=True))
-
-        def follow(i, y):
-            if i in gradients_at:
-                track(y, gradients_at[i], scales, b_k)
-            else:
-                y.mul_(1 - b_k)
-            return y
-
         C = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=losses.device)
         for i, y in Y.items():
-            trial = follow(i, y.clone())
-            C = C + gramian([[y_t] for y_t in trial])
+            Y[i] = y.clone()  # what is remembered stays as it is until the step is done
+            if i in gradients_at:
+                track(Y[i], gradients_at[i], scales, b_k)
+            else:
+                Y[i].mul_(1 - b_k)
+            C = C + gramian([[y_t] for y_t in Y[i]])
         lam = move_lambda(lam, C, c_k, self.rho, self.projection)
-        for i, y in Y.items():
-            follow(i, y)
         self.memory = {"k": k, "Y": Y, "lambda": lam}
         return [torch.tensordot(lam.to(Y[i]), Y[i], 1) for i in positions]
 

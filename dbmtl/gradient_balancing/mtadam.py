@@ -6,6 +6,8 @@
 __all__ = ['anchor_ratios', 'MTAdam']
 
 # %% ../../nbs/03_gradient_balancing/10_mtadam.ipynb #3d8c96ed
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -27,11 +29,6 @@ def anchor_ratios(
     return torch.where(is_large.any(0), ratios, 1)
 
 # %% ../../nbs/03_gradient_balancing/10_mtadam.ipynb #937d2361
-def _wide(g: Tensor) -> torch.dtype:
-    "The dtype of what is remembered for a gradient: float32 at least."
-    return at_least_float32(g.dtype)
-
-
 def _running_norms(
     adams: dict,  # {task: {key: its Adam}}, the key a position or the number of a head's leaf
     gradients: list[dict],  # T dictionaries {key: gradient}
@@ -51,28 +48,30 @@ def _running_norms(
     return torch.where(old > 0, beta * old + (1 - beta) * new, new)
 
 
-def _advance(
-    adams: dict,  # {key: Adam} of one task
+def _copies_for_step(
+    adams: dict,  # {key: Adam} of one task, unchanged
     gradients: dict,  # {key: rescaled gradient}
     norms: Tensor,  # [P] running norms
-    store: bool,
-) -> list[dict]:
-    "One task's Adams with this step's norms and counts; copies, unless they are to be stored."
-    advanced = []
+) -> dict:  # {key: Adam}
+    "Copies of one task's Adams with this step's norms and counts, moments still to be updated."
+    copies = {}
     for (key, g), norm in zip(gradients.items(), norms.unbind(), strict=True):
-        if key not in adams:
-            adam = {"k": 0, "m": torch.zeros_like(g), "v": torch.zeros_like(g)}
-        elif store:
-            adam = adams[key]
-        else:
+        if key in adams:
             old = adams[key]
             adam = {"k": old["k"], "m": old["m"].clone(), "v": old["v"].clone()}
+        else:
+            adam = {"k": 0, "m": torch.zeros_like(g), "v": torch.zeros_like(g)}
         adam["n"] = norm
         adam["k"] += 1
-        if store:
-            adams[key] = adam
-        advanced.append(adam)
-    return advanced
+        copies[key] = adam
+    return copies
+
+
+class _Proposal(NamedTuple):
+    "A step that is computed and not made."
+
+    direction: dict  # {key: d}
+    adams: dict | None  # {task: {key: its Adam}} after the step; None: a gradient is not finite
 
 
 def _number_leaves(
@@ -139,61 +138,71 @@ class MTAdam(GradientAggregator):
         self, rows: list[list[Tensor]], losses: Tensor, positions: list[int]
     ) -> list[Tensor]:
         gradients = [dict(zip(positions, row, strict=True)) for row in rows]
-        direction = self._step(self.memory["shared"], gradients, store=False)
-        self._proposed = gradients, direction
-        return [direction[i] for i in positions]
+        self._proposed = self._step(self.memory["shared"], gradients)
+        return [self._proposed.direction[i] for i in positions]
 
     def of_heads(self, heads: list[dict]) -> dict:
-        shared_gradients, shared_direction = self._proposed or ([], {})
+        of_shared = self._proposed or _Proposal({}, {})
         self._proposed = None
         leaves, shapes = _number_leaves(self.memory, self._leaves, heads)
         head_gradients = [{leaves[leaf]: g for leaf, g in head.items()} for head in heads]
-        shared_norms = _running_norms(self.memory["shared"], shared_gradients, self.betas[2])
-        head_norms = _running_norms(self.memory["heads"], head_gradients, self.betas[2])
-        if not (shared_norms.isfinite().all() and head_norms.isfinite().all()):
-            for direction in shared_direction.values():
+        of_heads = self._step(self.memory["heads"], head_gradients)
+        if of_shared.adams is None or of_heads.adams is None:
+            for direction in of_shared.direction.values():
                 direction.fill_(torch.nan)
             every_gradient = {leaf: g for head in heads for leaf, g in head.items()}
             return {leaf: torch.full_like(g, torch.nan) for leaf, g in every_gradient.items()}
+        self.memory = {
+            "shared": _with_new(self.memory["shared"], of_shared.adams),
+            "heads": _with_new(self.memory["heads"], of_heads.adams),
+            "shapes": shapes,
+        }
         self._leaves = leaves
-        self.memory["shapes"] = shapes
-        self._step(self.memory["shared"], shared_gradients, store=True)
-        direction = self._step(self.memory["heads"], head_gradients, store=True)
+        direction = of_heads.direction
         return {leaf: direction[i] for leaf, i in leaves.items() if i in direction}
 
-    def _step(self, adams: dict, gradients: list[dict], store: bool) -> dict:
-        "The directions {key: d}; the Adams {task: {key: its Adam}} move only if `store`."
+    def _step(self, adams: dict, gradients: list[dict]) -> _Proposal:
+        "The directions, and the Adams {task: {key: its Adam}} after the step; nothing is stored."
         some = {key: g for row in gradients for key, g in row.items()}  # one gradient for each key
         norms = _running_norms(adams, gradients, self.betas[2])
-        if not some or not norms.isfinite().all():
-            return {key: torch.full_like(g, torch.nan) for key, g in some.items()}
-        numerators = {key: torch.zeros_like(g, dtype=_wide(g)) for key, g in some.items()}
-        denominators = {key: torch.zeros_like(g, dtype=_wide(g)) for key, g in some.items()}
+        if not norms.isfinite().all():
+            nan = {key: torch.full_like(g, torch.nan) for key, g in some.items()}
+            return _Proposal(nan, None)
+        numerators = {}
+        denominators = {}
+        for key, g in some.items():
+            numerators[key] = torch.zeros_like(g, dtype=at_least_float32(g.dtype))
+            denominators[key] = torch.zeros_like(numerators[key])
         largest = torch.finfo(torch.float32).max  # infinity times zero would be NaN
-        ratios = anchor_ratios(norms).clamp(max=largest)
+        ratios = anchor_ratios(norms).clamp(max=largest) if some else norms
+        advanced = {}
         for t, row in enumerate(gradients):
             keys = [key for key in some if key in row]
             columns = [i for i, key in enumerate(some) if key in row]
             if not keys:
                 continue
-            raw = [row[key].to(_wide(row[key])) for key in keys]
+            raw = [row[key].to(numerators[key].dtype) for key in keys]
             scaled = torch._foreach_mul(raw, ratios[t, columns].unbind())
-            task_adams = adams.setdefault(t, {}) if store else adams.get(t, {})
             scaled_at = dict(zip(keys, scaled, strict=True))
-            advanced = _advance(task_adams, scaled_at, norms[t, columns], store)
-            m = [adam["m"] for adam in advanced]
-            v = [adam["v"] for adam in advanced]
-            k = [adam["k"] for adam in advanced]
+            advanced[t] = _copies_for_step(adams.get(t, {}), scaled_at, norms[t, columns])
+            m = [adam["m"] for adam in advanced[t].values()]
+            v = [adam["v"] for adam in advanced[t].values()]
+            k = [adam["k"] for adam in advanced[t].values()]
             means, roots = adam_moments(scaled, m, v, k, self.betas[:2])
             torch._foreach_add_([numerators[key] for key in keys], means)
             torch._foreach_maximum_([denominators[key] for key in keys], roots)
         directions = {}
         for key, g in some.items():
             directions[key] = (numerators[key] / (denominators[key] + self.eps)).to(g.dtype)
-        return directions
+        return _Proposal(directions, advanced)
 
     def extra_repr(self) -> str:
         return f"betas={self.betas}, eps={self.eps}"
+
+
+def _with_new(adams: dict, advanced: dict) -> dict:
+    "The Adams {task: {key: its Adam}}, with those of this step in place of the old ones."
+    return adams | {t: adams.get(t, {}) | of_task for t, of_task in advanced.items()}
 
 # %% ../../nbs/03_gradient_balancing/10_mtadam.ipynb #dc89c01a
 MTAdam.facts = Facts(

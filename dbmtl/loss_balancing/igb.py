@@ -6,6 +6,7 @@
 __all__ = ['least_progress', 'draw_network', 'run_network', 'weight_policy', 'SoftActorCritic', 'IGBv2']
 
 # %% ../../nbs/02_loss_balancing/07_igb.ipynb #8fd48728
+import copy
 import math
 from itertools import pairwise
 from typing import NamedTuple
@@ -343,12 +344,15 @@ class IGBv2(Transform):
         if not self.valid(losses).all():
             return
         memory = self.memory
+        memory["steps"] += 1
+        may_learn = self.epochs.epoch >= self.timetable.update_epoch
+        must_learn = may_learn and memory["steps"] % self.timetable.update_every == 0
+        if must_learn:  # learning works in place; what was remembered stays if it fails
+            self.agent.memory = copy.deepcopy(self.agent.memory)
         if memory["base"] is not None:
             self._store_transition_to(losses)
         memory["last"] = {"losses": losses.clone(), "weights": self.weights(losses)}
-        memory["steps"] += 1
-        may_update = self.epochs.epoch >= self.timetable.update_epoch
-        if may_update and memory["steps"] % self.timetable.update_every == 0:
+        if must_learn:
             self._learn()
         memory["noise"] = self.agent.noise()
         self.epochs.see(losses)
