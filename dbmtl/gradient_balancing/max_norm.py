@@ -55,7 +55,7 @@ class MaxNorm(NormAggregator):
         if isinstance(alpha, str):
             self.alpha = check_choice("alpha", alpha, COMMON_LENGTHS)
         else:
-            self.alpha = check_number("alpha", alpha)
+            self.alpha = check_number("alpha", alpha, above=0)
         self.eps = check_number("eps", eps, at_least=0)
 
     def forward(self, norms: Tensor, losses: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """Errors name the thing, and leave everything as it was; gradients that are not finite are no
 errors."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -375,3 +377,218 @@ def test_reentrant_checkpoints_give_no_task_gradients_and_the_others_work(method
         [head(z).square().mean() + 0.1 for head in plain["heads"]]
     )
     assert_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+
+
+# --------------------------------------------------------------------- found under hostile testing
+
+
+@pytest.mark.parametrize("losses", [set, frozenset, lambda losses: dict.fromkeys(losses).keys()])
+@pytest.mark.parametrize("method", ["EW", "DB-MTL"])
+def test_losses_without_an_order_are_refused(method, losses):
+    model = net()
+    balancer = make_balancer(method, shared=model["trunk"], num_tasks=3)
+    before = snapshot(model, balancer)
+    with pytest.raises(TypeError, match="losses must have an order"):
+        balancer.backward(losses(losses_of(model)))
+    with pytest.raises(TypeError, match="losses must have an order"):
+        balancer.accumulate(losses(losses_of(model)), 1)
+    same(snapshot(model, balancer), before)
+    with pytest.raises(TypeError, match="losses must have an order"):
+        balancer.end_epoch({1.0, 2.0, 3.0})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -0.5, "x", True, None])
+@pytest.mark.parametrize("name", ["alpha", "eps", "beta_decay", "beta"])
+def test_numbers_that_are_none_are_refused_by_name(name, bad):
+    if name == "beta" and bad is None:
+        return  # means no average
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        DBMTL(shared=net()["trunk"], num_tasks=3, **{name: bad})
+
+
+def test_complex_parameters_are_refused_at_construction():
+    trunk = nn.Linear(2, 2, dtype=torch.complex64)
+    for method in ("EW", "MGDA", "DB-MTL"):
+        with pytest.raises(TypeError, match="complex parameters.*torch.view_as_complex"):
+            make_balancer(method, shared=trunk, num_tasks=2)
+
+
+def in_inference_mode(losses):
+    with torch.inference_mode():
+        return [loss * 2 for loss in losses]
+
+
+STRANGE = {
+    "complex": (lambda losses: [loss * 1j for loss in losses], TypeError, "loss 0 must be a real"),
+    "inference": (in_inference_mode, ValueError, "loss 0 was computed in inference mode"),
+    "none": (lambda losses: [None] * 3, TypeError, "loss 0 must be a tensor, got None"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_strange_losses_are_refused_in_words(case):
+    change, kind, message = STRANGE[case]
+    model = net()
+    balancer = DBMTL(shared=model["trunk"], num_tasks=3)
+    before = snapshot(model, balancer)
+    with pytest.raises(kind, match=message):
+        balancer.backward(change(losses_of(model)))
+    same(snapshot(model, balancer), before)
+
+
+def test_losses_without_values_are_refused_where_values_are_looked_at():
+    trunk = nn.Linear(2, 2, device="meta")
+    losses = list(trunk(torch.empty(1, 2, device="meta"))[0].square())
+    with pytest.raises(ValueError, match="no values: they are on the meta device"):
+        DBMTL(shared=trunk, num_tasks=2).backward(losses)
+
+
+def test_a_step_in_inference_mode_is_refused():
+    model = net()
+    losses = losses_of(model)
+    balancer = DBMTL(shared=model["trunk"], num_tasks=3)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="in inference mode"):
+        balancer.backward(losses)
+    balancer.backward(losses)
+
+
+@pytest.mark.parametrize("scaler", [3.0, "scaler", object(), torch.nn.Linear(1, 1)])
+@pytest.mark.parametrize("method", ["EW", "DB-MTL"])
+def test_what_is_no_scaler_is_refused(method, scaler):
+    model = net()
+    balancer = make_balancer(method, shared=model["trunk"], num_tasks=3)
+    with pytest.raises(TypeError, match="scaler must be a torch.amp.GradScaler, got"):
+        balancer.backward(losses_of(model), scaler=scaler)
+    with pytest.raises(TypeError, match="scaler must be a torch.amp.GradScaler, got"):
+        balancer.accumulate(losses_of(model), 1, scaler=scaler)
+
+
+@pytest.mark.parametrize("method", ["DB-MTL", "MoCo", "ExcessMTL", "MTAdam"])
+def test_parameters_that_change_their_type_between_steps_are_noticed(method):
+    model = net().float()
+    x = torch.randn(6, 4)
+
+    def losses():
+        z = model["trunk"](x)
+        return [head(z).square().mean() + 0.1 for head in model["heads"]]
+
+    balancer = make_balancer(method, shared=model["trunk"], num_tasks=3)
+    balancer.backward(losses())
+    balancer.backward(losses())
+    state = balancer.state_dict()
+    model.double()
+    x = x.double()
+    with pytest.raises(RuntimeError, match="is torch.float64 on cpu; .* it was torch.float32"):
+        balancer.backward(losses())
+    if method == "DB-MTL":
+        anew = make_balancer(method, shared=model["trunk"], num_tasks=3)
+        anew.load_state_dict(state)
+        anew.backward(losses())
+        assert {g.dtype for row in anew.ema.rows.values() for g in row.values()} == {torch.float64}
+
+
+def test_parameters_may_change_their_type_where_nothing_is_remembered():
+    model = net().float()
+    for method in ("EW", "PCGrad", "loss-only"):
+        balancer = make_balancer(method, shared=model["trunk"], num_tasks=3)
+        for dtype in (torch.float32, torch.float64):
+            model.to(dtype)
+            z = model["trunk"](torch.ones(6, 4, dtype=dtype))
+            balancer.backward([head(z).square().mean() + 0.1 for head in model["heads"]])
+            model.zero_grad()
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, NotImplementedError])
+def test_what_cannot_be_batched_says_use_loop(monkeypatch, kind):
+    model = net()
+    plain = torch.autograd.grad
+
+    def grad(*arguments, is_grads_batched=False, **options):
+        if is_grads_batched:
+            raise kind("vmap: no batching rule\n  frame #0: c10::Error")
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    balancer = DBMTL(shared=model["trunk"], num_tasks=3, grads="batched")
+    with pytest.raises(RuntimeError, match="use grads='loop'.*no batching rule$"):
+        balancer.backward(losses_of(model))
+    assert all(p.grad is None for p in model.parameters()) and balancer.ema.rows == {}
+
+
+def test_out_of_memory_in_a_batched_pass_stays_what_it_is(monkeypatch):
+    def grad(*_, **__):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    model = net()
+    balancer = DBMTL(shared=model["trunk"], num_tasks=3, grads="batched")
+    losses = losses_of(model)
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    with pytest.raises(torch.OutOfMemoryError, match="^no memory is left$"):
+        balancer.backward(losses)
+
+
+# ------------------------------------------------------------------- scales that nobody moves
+
+
+def trained(balancer, model, optimizer, steps):
+    for seed in range(steps):
+        balancer.backward(losses_of(model, seed))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("before", [1, 2, 4])
+@pytest.mark.parametrize("method", ["UW", "IMTL-L"])
+def test_copies_of_model_and_balancer_give_no_false_alarm(tmp_path, method, before, copied):
+    model = net()
+    balancer = make_balancer(method, shared=model["trunk"], num_tasks=3)
+    both = [*model.parameters(), *balancer.parameters()]
+    trained(balancer, model, torch.optim.SGD(both, lr=1e-3), before)
+    pair = (model, balancer)
+    if copied == "deepcopy":
+        model, balancer = copy.deepcopy(pair)
+    elif copied == "pickle":
+        model, balancer = pickle.loads(pickle.dumps(pair))
+    else:
+        torch.save(pair, tmp_path / "pair.pt")
+        model, balancer = torch.load(tmp_path / "pair.pt", weights_only=False)
+    both = [*model.parameters(), *balancer.parameters()]
+    trained(balancer, model, torch.optim.SGD(both, lr=1e-3), 4)
+
+
+def test_scales_whose_gradients_are_cleared_by_hand_are_cared_for():
+    model = net()
+    balancer = make_balancer("UW", shared=model["trunk"], num_tasks=3)
+    optimizer = torch.optim.SGD([*model.parameters(), *balancer.parameters()], lr=1e-3)
+    for seed in range(5):
+        balancer.backward(losses_of(model, seed))
+        for p in balancer.parameters():
+            p.grad = None  # not yet: they move later
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_scales_in_an_optimizer_that_stands_still_are_cared_for(to_none):
+    model = net()
+    balancer = make_balancer("UW", shared=model["trunk"], num_tasks=3)
+    scales = torch.optim.SGD(balancer.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for seed in range(5):
+        balancer.backward(losses_of(model, seed))
+        optimizer.step()
+        scales.step()
+        scales.zero_grad(set_to_none=to_none)
+        optimizer.zero_grad(set_to_none=to_none)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_forgotten_scales_are_noticed_also_in_a_copy(copied):
+    model = net()
+    balancer = make_balancer("UW", shared=model["trunk"], num_tasks=3)
+    trained(balancer, model, torch.optim.SGD(model.parameters(), lr=1e-3), 1)
+    if copied:
+        model, balancer = pickle.loads(pickle.dumps((model, balancer)))
+    with pytest.raises(RuntimeError, match="learned scales got gradients but never moved"):
+        trained(balancer, model, torch.optim.SGD(model.parameters(), lr=1e-3), 5)
