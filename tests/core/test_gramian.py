@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dbmtl.core.gramian import gramian, spectrum
+from dbmtl.core.gramian import gramian, norms, spectrum, tensor_norms
 
 
 def test_spectrum_by_hand():
@@ -33,3 +33,28 @@ def test_the_rank_of_float32_gradients_is_found():
         a, b = torch.randn(2, 1000, generator=generator)
         significant = spectrum(gramian([[a], [1.7 * a], [b]]), 1.2e-7)[2]
         assert significant.tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-20, 1e-15, 1.0, 1e18, 1e20, 1e30, 3e37])
+def test_lengths_of_any_finite_size(size):
+    """float32 squares overflow above 1.8e19 and vanish below 1e-19."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [[torch.randn(n, generator=generator) * size for n in (3, 50)] for _ in range(3)]
+    wide = [[g.double() for g in row] for row in rows]
+    assert_close(norms(rows), norms(wide).float(), rtol=1e-6, atol=0)
+    assert_close(tensor_norms(rows), tensor_norms(wide).float(), rtol=1e-6, atol=0)
+
+
+def test_lengths_of_rows_of_very_different_size():
+    rows = [[torch.full((4,), size)] for size in (1e30, 1.0, 0.0, 1e-30, float("inf"))]
+    expected = torch.tensor([2e30, 2.0, 0.0, 2e-30, float("inf")])
+    assert_close(norms(rows), expected, rtol=1e-6, atol=0)
+    assert_close(tensor_norms(rows), expected[:, None], rtol=1e-6, atol=0)
+    assert norms([[torch.tensor([1.0, float("nan")])]]).isnan().all()
+
+
+def test_safe_lengths_are_taken_in_float32_alone():
+    """So that nobody pays for a second look, and no bit of a usual length changes."""
+    rows = [[torch.randn(1000), torch.randn(10, 7)] for _ in range(3)]
+    pieces = torch.stack([g.norm() for row in rows for g in row]).view(3, 2)
+    assert_close(norms(rows), torch.linalg.vector_norm(pieces, dim=1), rtol=0, atol=0)

@@ -123,6 +123,35 @@ def through_disk(state):
     return torch.load(buffer, weights_only=True)
 
 
+LENGTHS_OF_THEIR_OWN = {  # an eps, a unit, a step size, or moments that are squares, as Adam's
+    *("DB-MTL", "gradient-only", "MoCo", "ExcessMTL", "SDMGrad", "MoDo"),
+    *("Nash-MTL", "FairGrad", "MTAdam"),
+}
+
+
+@pytest.mark.parametrize("size", [1e20, 1e25, 1e30, 1e-22, 1e-26])
+@pytest.mark.parametrize("name", sorted(set(BASES) - FEATURES - {"FAMO"}))
+def test_gradients_of_any_finite_size_in_float32(name, size):
+    """Squares of float32 numbers overflow above 1.8e19; norms and products must not."""
+    J = torch.tensor([[1.0, 2.0, 3.0], [2.0, -1.0, 1.0], [0.0, 1.0, 2.0]])
+
+    def train(scale):
+        model = Lines(J * scale)
+        balancer = make(name, model)
+        gradients = []
+        for seed in range(3):
+            step(balancer, model, seed)
+            assert balancer.nonfinite.sum() == 0
+            gradients.append(model.shared_gradient() / scale)
+            follow(balancer, model, rate=0.0)
+        return torch.stack(gradients)
+
+    gradients = train(size)
+    assert gradients.isfinite().all()
+    if name not in LENGTHS_OF_THEIR_OWN:
+        assert_close(gradients, train(1.0), rtol=1e-3, atol=1e-3)
+
+
 @every_base
 def test_every_method_has_a_state_of_its_own_after_loading(name):
     """Neither a loaded balancer nor the one that it came from writes into the other, or into what
