@@ -592,3 +592,24 @@ def test_forgotten_scales_are_noticed_also_in_a_copy(copied):
         model, balancer = pickle.loads(pickle.dumps((model, balancer)))
     with pytest.raises(RuntimeError, match="learned scales got gradients but never moved"):
         trained(balancer, model, torch.optim.SGD(model.parameters(), lr=1e-3), 5)
+
+
+def test_equal_weighting_through_a_trunk_that_a_reentrant_checkpoint_hides():
+    """The graph shows no parameter of the trunk; a task beside it is still told apart."""
+    model = net()
+    plain = net()
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+
+    def losses(model, reentrant):
+        z = checkpoint(model["trunk"], x, use_reentrant=True) if reentrant else model["trunk"](x)
+        return [head(z).square().mean() + 0.1 for head in model["heads"]]
+
+    balancer = make_balancer("EW", shared=model["trunk"], num_tasks=3)
+    balancer.backward(losses(model, True))
+    sum(losses(plain, False)).backward()
+    assert_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+    alone = model["heads"][1](torch.ones(6, 5, dtype=torch.float64)).square().mean()
+    with pytest.raises(ValueError, match="the loss of task 'normal' does not reach any shared"):
+        first, _, last = losses(model, True)
+        balancer = make_balancer("EW", shared=model["trunk"], num_tasks=3)
+        balancer.backward(dict(zip(NAMES, [first, alone, last], strict=True)))
