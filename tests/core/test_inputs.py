@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dbmtl import DBMTL, EMA, IMTLL, Balancer, Log, MaxNorm, make_balancer
 from dbmtl.core.aggregator import GramianAggregator
+from dbmtl.core.inputs import ScaleWatch
 
 MODES = ["loop", "split", "batched"]
 NAMES = ("depth", "normal", "edge")
@@ -613,3 +614,21 @@ def test_equal_weighting_through_a_trunk_that_a_reentrant_checkpoint_hides():
         first, _, last = losses(model, True)
         balancer = make_balancer("EW", shared=model["trunk"], num_tasks=3)
         balancer.backward(dict(zip(NAMES, [first, alone, last], strict=True)))
+
+
+def test_one_of_two_scales_that_was_forgotten_is_counted():
+    moving, forgotten, weight = (torch.ones(2, requires_grad=True) for _ in range(3))
+    watch = ScaleWatch()
+    watch.look([moving, forgotten], [weight])
+    for scale in (moving, forgotten):
+        scale.grad = torch.ones(2)
+    with torch.no_grad():
+        moving += 0.1
+        weight += 0.1
+    with pytest.raises(RuntimeError, match="1 learned scales got gradients but never moved"):
+        watch.look([moving, forgotten], [weight])
+    assert not watch.is_over
+    with torch.no_grad():
+        forgotten += 0.1
+    watch.look([moving, forgotten], [weight])
+    assert watch.is_over
