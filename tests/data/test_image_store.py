@@ -710,6 +710,7 @@ def test_image_store_builds_where_locks_do_not_work(items, cache, monkeypatch):
 
 def test_image_store_public_names():
     stores = "first_twenty Item Store StorePlan is_intact open_store build_store store_name"
+    stores += " DamagedStore"
     stores += " open_stores build_stores"
     readers = "area nearest read_image read_array check_one_size check_size"
     codes = "dense_fields encode_depth encode_normal"

@@ -14,6 +14,7 @@ import pytest
 
 from dbmtl.benchmarks.toy import toy
 from dbmtl.core.balancer import Balancer
+from dbmtl.data.image_store import DamagedStore
 from dbmtl.experiments import run as lab
 from dbmtl.experiments.records import read_records, write_record
 from dbmtl.experiments.replay import replay_all
@@ -355,6 +356,18 @@ def test_a_folder_that_takes_no_record_is_read_where_all_are_there(tmp_path, mon
     run_all("toy", ["EW"], out=tmp_path)
     monkeypatch.setattr(lab, "_check_writable", lambda folder: pytest.fail("written to"))
     assert statuses(run_all("toy", ["EW"], out=tmp_path)) == ["already there"]
+
+
+def test_damaged_data_without_sources_are_told_in_a_sentence(tmp_path, capsys, monkeypatch):
+    def load(*_):
+        raise DamagedStore("the prepared data set x is damaged (image.npy): delete that folder")
+
+    damaged = replace(toy, load=load)
+    monkeypatch.setattr(lab, "get_benchmark", lambda name: damaged)
+    with pytest.raises(SystemExit) as caught:
+        main([*TOY, "EW", "--out", str(tmp_path)])
+    errors = capsys.readouterr().err
+    assert caught.value.code == 2 and errors.count("\n") == 1 and "x is damaged" in errors
 
 
 def test_a_full_disk_is_told_in_a_sentence(tmp_path, capsys, monkeypatch):
