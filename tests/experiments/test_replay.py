@@ -426,8 +426,10 @@ def test_a_damaged_file_of_outcomes_is_named(runs, capsys):
     with pytest.raises(ValueError, match="replay.json is damaged .*delete it and replay again"):
         read_replays(runs)
     with pytest.raises(SystemExit, match="2"):
-        main(["--runs", str(runs), "--missing"])
+        main(["--runs", str(runs)])
     assert "replay.json is damaged" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="replay.json is damaged"):
+        assert is_current(read_records(runs)[0], runs) is None
 
 
 # -------------------------------------------------------------------------------- committed records
