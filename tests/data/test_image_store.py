@@ -509,6 +509,87 @@ def test_image_store_damage_is_named_and_mended(items, damage):
     assert_close(open_store("set").arrays["number"], torch.arange(5))
 
 
+def flip(file, position):
+    """One bit of a file, at the same time of change: what a disk does, and no editor."""
+    stat = file.stat()
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(bytes(content))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+OPEN = """
+import sys
+from dbmtl.data.image_store import open_store
+try:
+    print(sorted(open_store("set").arrays))
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("name", ["value.npy", "number.npy"])
+@pytest.mark.parametrize("position", [8, 127, 128, -1])  # in the header, and in the rows
+def test_image_store_flipped_bit_is_noticed_and_mended(items, name, position):
+    store = build_store("set", items, Reader(), FIELDS)
+    flip(store.folder / name, position)
+    image_store._intact.clear()  # as in another process
+    with pytest.raises(
+        ValueError, match=f"set is damaged \\({name}\\): delete .* prepare it again"
+    ):
+        open_store("set")
+    reader = Reader()
+    assert build_store("set", items, reader, FIELDS).hash == store.hash and len(reader.calls) == 5
+    assert_close(open_store("set").arrays["number"], torch.arange(5))
+
+
+def test_image_store_flipped_bit_is_noticed_by_another_process(items):
+    store = build_store("set", items, Reader(), FIELDS)
+    shown = [subprocess.run([sys.executable, "-c", OPEN], capture_output=True, text=True).stdout]
+    flip(store.folder / "value.npy", -1)
+    shown += [subprocess.run([sys.executable, "-c", OPEN], capture_output=True, text=True).stdout]
+    assert shown[0] == "['number', 'value']\n" and "set is damaged (value.npy)" in shown[1]
+
+
+def test_image_store_changed_manifest_is_noticed(items):
+    store = build_store("set", items, Reader(), FIELDS, {"unit": 0.001})
+    path = store.folder / "manifest.json"
+    path.write_text(path.read_text().replace("0.001", "0.002"))
+    with pytest.raises(ValueError, match="set is damaged .manifest.json"):
+        open_store("set")
+
+
+def test_image_store_is_hashed_once_a_process(items, monkeypatch):
+    build_store("set", items, Reader(), FIELDS)
+    image_store._intact.clear()
+    digest, calls = hashlib.file_digest, []
+    monkeypatch.setattr(
+        image_store.hashlib, "file_digest", lambda *a: calls.append(a[0].name) or digest(*a)
+    )
+    for _ in range(3):
+        open_store("set")
+    assert len(calls) == len(FIELDS)
+    path = open_store("set").folder / "value.npy"
+    os.utime(path, ns=(5, 5))
+    open_store("set")
+    assert calls[len(FIELDS) :] == [str(path)]
+
+
+def test_image_store_of_before_hashes_stays_usable(items):
+    store = build_store("set", items, Reader(), FIELDS)
+    path = store.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name, file in (("value", "value.npy"), ("number", "number.npy")):
+        content = (store.folder / file).read_bytes()
+        assert manifest["sha256"][name] == hashlib.sha256(content).hexdigest()
+    del manifest["sha256"], manifest["checksum"]
+    path.write_text(json.dumps(manifest))
+    assert open_store("set").hash == store.hash
+    reader = Reader()
+    build_store("set", items, reader, FIELDS)
+    assert reader.calls == []
+
+
 def test_image_store_without_manifest_is_none(items):
     store = build_store("set", items, Reader(), FIELDS)
     (store.folder / "manifest.json").unlink()
@@ -628,7 +709,9 @@ def test_image_store_builds_where_locks_do_not_work(items, cache, monkeypatch):
 
 
 def test_image_store_public_names():
-    stores = "first_twenty Item Store StorePlan open_store build_store store_name open_stores build_stores"
+    stores = "first_twenty Item Store StorePlan is_intact open_store build_store store_name"
+    stores += " DamagedStore"
+    stores += " open_stores build_stores"
     readers = "area nearest read_image read_array check_one_size check_size"
     codes = "dense_fields encode_depth encode_normal"
     names = " ".join([stores, readers, codes])

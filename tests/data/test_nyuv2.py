@@ -1,5 +1,6 @@
 """NYUv2's images: both layouts, what is refused, the real files read by another road."""
 
+import json
 import shutil
 import sys
 
@@ -233,8 +234,11 @@ def test_nyuv2_prepared_sets_outlive_their_sources(mtan, tmp_path, monkeypatch):
     # a folder that was asked for by name is not replaced by a copy
     with pytest.raises(FileNotFoundError):
         prepare_nyuv2(tmp_path / "data" / "nyuv2", size=(3, 4), train=2, test=2)
-    manifest = first["test"].folder / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 0'))
+    path = first["test"].folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["meta"]["format"] = 0
+    del manifest["checksum"]
+    path.write_text(json.dumps(manifest))
     with pytest.raises(FileNotFoundError):  # made by an older version of the reader
         prepare_nyuv2(size=(3, 4), train=2, test=2)
 

@@ -410,13 +410,10 @@ def test_errors_of_a_run_are_those_of_jobs(tmp_path, monkeypatch):
     missing = DONE | {"code": 2, "report": None, "errors": "QM9 is not in"}
     with pytest.raises(FileNotFoundError, match="EW seed 0 ended with 2:\nQM9 is not in"):
         run_all("toy", ["EW"], out=tmp_path, cluster=Script({0: [missing]}))
-    with pytest.raises(RuntimeError, match="ended with 1:\nTraceback"):
-        run_all(
-            "toy",
-            ["EW"],
-            out=tmp_path,
-            cluster=Script({0: [missing | {"code": 1, "errors": "Traceback"}]}),
-        )
+    broken = missing | {"code": 1, "errors": "Traceback\nKeyError: 'z'"}
+    (lost,) = run_all("toy", ["EW"], out=tmp_path, cluster=Script({0: [broken]}))
+    assert lost["state"] == lost["status"] == "lost"
+    assert lost["reason"] == "ended with exit code 1: KeyError: 'z'"
     monkeypatch.setattr(lab._returned, "__defaults__", (0.3,))
     with pytest.raises(
         RuntimeError, match="ended on here, but its record is not in .* all machines share"

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -15,6 +16,7 @@ from dbmtl.benchmarks.toy import toy
 from dbmtl.core.files import write_atomically
 from dbmtl.experiments import records
 from dbmtl.experiments.records import (
+    DamagedRecord,
     above_floor,
     configuration,
     encode_record,
@@ -26,11 +28,14 @@ from dbmtl.experiments.records import (
     round_numbers,
     run_identity,
     runs_folder,
+    scan_records,
     selected,
     thin,
     write_record,
 )
 from dbmtl.experiments.train import train
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def made(method="EW", seed=0, state="finished", data="d", **more):
@@ -161,8 +166,136 @@ def test_a_damaged_record_names_its_file(tmp_path, damage):
     )
     path.write_text(text)
     with pytest.raises(ValueError, match="delete it and run again") as caught:
-        read_records(tmp_path)
+        read_record(path)
     assert path.name in str(caught.value)
+    with pytest.warns(UserWarning, match=f"{re.escape(path.name)} is damaged and left out"):
+        assert read_records(tmp_path) == []
+
+
+def spoil(record, *place, value=None, drop=False):
+    """A deep copy with another value at a place of nested dictionaries and lists, or without it."""
+    changed = copy.deepcopy(record)
+    inner = changed
+    for name in place[:-1]:
+        inner = inner[name]
+    if drop:
+        del inner[place[-1]]
+    else:
+        inner[place[-1]] = value
+    return changed
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The file of a trained run, and what it holds; to be copied before it is changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    train("toy", "EW", out=folder, monitor_every=6)
+    (path,) = folder.glob("*.json")
+    return path, json.loads(path.read_text())
+
+
+CHANGES = {
+    "another number": {"place": ("curves", "test", "unit", "MAE", 1), "value": 0.125},
+    "another selection": {
+        "place": ("selected", "best validation epoch", "test", "unit", "MAE"),
+        "value": 0.125,
+    },
+    "NaN": {"place": ("curves", "test", "unit", "MAE", 1), "value": float("nan")},
+    "null": {"place": ("curves", "train", "unit", 0)},
+    "infinite": {"place": ("floors", "test", "small", "MAE"), "value": float("inf")},
+    "a text": {"place": ("curves", "train", "unit", 0), "value": "0.5"},
+    "no curves": {"place": ("curves",), "drop": True},
+    "no floors": {"place": ("floors",), "drop": True},
+    "no monitors": {"place": ("monitors",), "drop": True},
+    "no steps": {"place": ("steps",), "drop": True},
+    "not at its end": {"place": ("step",), "value": 17},
+    "nothing selected": {"place": ("selected",), "value": {}},
+    "no test of a task": {"place": ("curves", "test", "large"), "drop": True},
+    "no metric": {"place": ("curves", "validation", "large", "MAE"), "drop": True},
+    "a short column": {"place": ("curves", "train", "unit", 2), "drop": True},
+    "a short monitor": {"place": ("monitors", "norms", "unit", 2), "drop": True},
+    "no epochs": {"place": ("curves", "epochs"), "value": []},
+    "two epochs exchanged": {"place": ("curves", "epochs"), "value": [2, 1, 3]},
+}
+FINITE = {"another number", "another selection"}  # what only a checksum can notice
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_record_that_was_changed_is_damaged(tmp_path, trained, change):
+    path = tmp_path / trained[0].name
+    changes = CHANGES[change].copy()
+    path.write_text(json.dumps(spoil(trained[1], *changes.pop("place"), **changes)))
+    with pytest.raises(DamagedRecord, match=re.escape(path.name)):
+        read_record(path)
+    with pytest.warns(UserWarning, match="damaged and does not count"):
+        assert find_record(trained[1]["config"], tmp_path) is None
+
+
+@pytest.mark.parametrize("change", [change for change in CHANGES if change not in FINITE])
+def test_a_record_of_before_checksums_must_be_complete(tmp_path, trained, change):
+    legacy = spoil(trained[1], "checksum", drop=True)
+    path = tmp_path / trained[0].name
+    path.write_text(json.dumps(legacy))
+    assert read_record(path) == legacy
+    changes = CHANGES[change].copy()
+    path.write_text(json.dumps(spoil(legacy, *changes.pop("place"), **changes)))
+    with pytest.raises(DamagedRecord, match=re.escape(path.name)):
+        read_record(path)
+
+
+def test_a_flipped_bit_in_any_line_is_noticed(tmp_path, trained):
+    content = trained[0].read_bytes()
+    lines = content.splitlines(keepends=True)
+    path = tmp_path / trained[0].name
+    position = 0
+    for line in lines:
+        middle = position + len(line.rstrip(b",\n")) - 2  # within the value, or the only bracket
+        position += len(line)
+        if len(line) < 4:
+            continue
+        changed = bytearray(content)
+        changed[middle] ^= 1
+        path.write_bytes(bytes(changed))
+        with pytest.raises(DamagedRecord):
+            read_record(path)
+
+
+def test_gaps_in_monitors_are_no_damage(tmp_path, trained):
+    """A gradient that vanished has no cosine."""
+    gap = spoil(trained[1], "monitors", "cosines", "unit|large", 1)
+    del gap["checksum"]
+    assert read_record(write_record(gap, tmp_path)) == gap
+    path = tmp_path / trained[0].name
+    path.write_text(json.dumps(gap))
+    assert read_record(path) == gap
+
+
+def test_a_damaged_file_is_kept_when_its_record_is_written_anew(tmp_path, trained):
+    record = read_record(trained[0])
+    path = write_record(record, tmp_path)
+    for count in (1, 2):
+        path.write_text(f"damage {count}")
+        assert write_record(record, tmp_path) == path and read_record(path) == record
+    kept = {file.name: file.read_text() for file in tmp_path.iterdir() if file != path}
+    assert kept == {
+        f"{path.name}.damaged": "damage 1",
+        f"{path.name}.damaged-2": "damage 2",
+    }
+    write_record(record, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_damaged_record_does_not_hide_the_others(tmp_path):
+    for seed in (0, 1, 2):
+        path = write_record(made(seed=seed), tmp_path)
+    path.write_text("{")
+    with pytest.warns(UserWarning, match=f"{re.escape(path.name)} is damaged and left out"):
+        assert [r["config"]["seed"] for r in read_records(tmp_path)] == [0, 1]
+
+
+def test_committed_records_are_whole():
+    records, damaged = scan_records(ROOT / "figures/runs")
+    assert records and damaged == []
 
 
 def test_a_float_that_is_not_finite_becomes_null():
@@ -196,6 +329,38 @@ def test_a_long_record_is_thinned_below_60_kb_and_says_so(tmp_path, monitors):
     assert epochs[0] == 1 and 138 in epochs and epochs[-10:] == list(range(291, 301))
     column = record["curves"]["test"]["task_3"]["MAE"]
     assert column == [round_numbers(0.123456 + (e - 1) / 7) for e in epochs]
+
+
+@pytest.mark.parametrize("epochs", [241, 242, 243, 244, 299, 300])
+def test_the_last_ten_epochs_survive_thinning(epochs):
+    """Wherever the stride falls: 300 epochs and a stride of two would hide a lost tenth."""
+    record = long_record(epochs=epochs)
+    record["selected"] = {"average of the last ten epochs": {"epochs": 10}}
+    small = thin(record, limit=40_000)
+    stride = small["thinned"]["curves"]
+    last_ten = range(epochs - 9, epochs + 1)
+    expected = sorted({*range(1, epochs + 1, stride), *last_ten})
+    assert stride > 1 and small["curves"]["epochs"] == expected
+    column = small["curves"]["train"]["task_0"]
+    assert column == [record["curves"]["train"]["task_0"][epoch - 1] for epoch in expected]
+
+
+@pytest.mark.parametrize("count", [17, 40, 1000])
+def test_monitors_keep_every_look_of_their_stride(count):
+    record = made(monitors=long_record(epochs=1, monitors=count)["monitors"], note="x" * 800)
+    for limit in (2500, 6000):
+        small = thin(record, limit=limit)
+        stride = small["thinned"]["monitors"]
+        assert small["monitors"]["steps"] == list(range(0, count, stride))
+        columns = small["monitors"]["norms"].values()
+        assert {len(column) for column in columns} == {-(-count // stride)}
+
+
+def test_monitors_give_way_down_to_sixteen_looks_before_curves_do():
+    record = long_record(epochs=200, monitors=2000)
+    small = thin(record, limit=40_000)
+    assert small["thinned"]["curves"] > 1
+    assert 8 < len(small["monitors"]["steps"]) <= 16
 
 
 def test_epochs_that_stl_chose_survive_thinning():

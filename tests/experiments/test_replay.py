@@ -409,6 +409,29 @@ def test_a_record_that_differs_is_told_by_the_exit_code(runs, monkeypatch, capsy
     assert shown.startswith(replay_table([record], read_replays(runs)))
 
 
+def test_a_damaged_record_is_told_and_the_others_are_replayed(runs, capsys):
+    (path,) = runs.glob("toy-smoke-EW-s0-*.json")
+    content = json.loads(path.read_text())
+    content["curves"]["train"]["unit"][2] = 0.125  # of an epoch that is not replayed
+    path.write_text(json.dumps(content))
+    count = len(list(runs.glob("*.json")))
+    assert main(["--runs", str(runs)]) == 1
+    shown = capsys.readouterr().out
+    assert f"{path} is damaged, not replayed: its checksum is not that of its content" in shown
+    assert len(read_replays(runs)) == count - 1
+
+
+def test_a_damaged_file_of_outcomes_is_named(runs, capsys):
+    lab.replays_path(runs).write_text("{")
+    with pytest.raises(ValueError, match="replay.json is damaged .*delete it and replay again"):
+        read_replays(runs)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--runs", str(runs)])
+    assert "replay.json is damaged" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="replay.json is damaged"):
+        assert is_current(read_records(runs)[0], runs) is None
+
+
 # -------------------------------------------------------------------------------- committed records
 
 

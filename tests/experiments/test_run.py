@@ -1,5 +1,6 @@
 """Many runs: what is pending, time, processes, interruptions and names."""
 
+import errno
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 from dbmtl.benchmarks.toy import toy
 from dbmtl.core.balancer import Balancer
+from dbmtl.data.image_store import DamagedStore
 from dbmtl.experiments import run as lab
 from dbmtl.experiments.records import read_records, write_record
 from dbmtl.experiments.replay import replay_all
@@ -153,7 +155,7 @@ def test_a_diverged_run_is_a_result(tmp_path):
     )
     records = run_all(wild, ["EW", "STL"], out=tmp_path)
     assert statuses(records) == ["diverged", "diverged"]
-    assert "the loss of unit is not finite" in run_table(records)
+    assert "the loss of task 'unit' is inf" in run_table(records)
     assert statuses(run_all(wild, ["EW"], out=tmp_path)) == ["already there"]
 
 
@@ -173,10 +175,26 @@ def test_a_budget_stops_in_the_middle_and_the_next_call_goes_on(tmp_path):
     assert [r["curves"] for r in rest] == [r["curves"] for r in whole]
 
 
-def test_no_time_leaves_everything_pending(tmp_path):
+def test_no_time_leaves_all_but_a_step_pending(tmp_path):
     records = run_all("toy", ["EW", "STL"], out=tmp_path, budget=0.0001)
-    assert statuses(records) == ["pending", "pending"] and not list(tmp_path.glob("*.json"))
-    assert "pending" in run_table(records)
+    assert statuses(records) == ["stopped at step 1 of 18", "pending"]
+    assert not list(tmp_path.glob("*.json")) and "pending" in run_table(records)
+
+
+def test_repeated_calls_with_too_little_time_come_to_the_end(tmp_path):
+    for step in range(1, 18):
+        (record,) = run_all("toy", ["EW"], out=tmp_path, budget=0.0001)
+        assert record["status"] == f"stopped at step {step} of 18"
+    assert statuses(run_all("toy", ["EW"], out=tmp_path, budget=0.0001)) == ["done now"]
+
+
+@pytest.mark.full
+def test_a_process_with_too_little_time_takes_a_step_too(tmp_path):
+    for step in (1, 2):
+        records = run_all("toy", ["EW", "STL", "DB-MTL"], out=tmp_path, budget=0.0001, jobs=2)
+        expected = [f"stopped at step {step} of 18", f"stopped at step {step} of 54", "pending"]
+        assert statuses(records)[0] == expected[0] and statuses(records)[2] == "pending"
+        assert statuses(records)[1] in (expected[1], "pending")
 
 
 def test_a_method_that_a_network_cannot_run_does_not_end_the_others(tmp_path):
@@ -218,6 +236,26 @@ def test_an_interrupted_fresh_run_goes_on_though_its_old_record_is_there(tmp_pat
         ({"--methods": "DB-MTL(beta=abc)"}, "beta"),
         ({"--hyper": "DBMTL:beta=1"}, "did you mean 'DB-MTL'"),
         ({"--device": "cudda"}, "cudda"),
+        ({"--methods": "DB-MTL(check=off)"}, "no setting 'check'; its settings: eps, alpha, beta"),
+        ({"--hyper": "DB-MTL:grads=loop"}, "no setting 'grads'"),
+        ({"--hyper": "check=off"}, "EW has no hyperparameters, got 'check'"),
+        ({"--methods": "DB-MTL(num_tasks=3)"}, "no setting 'num_tasks'"),
+        ({"--methods": "DB-MTL(shared=1)"}, "no setting 'shared'"),
+        ({"--methods": "DB-MTL(model=1)"}, "no setting 'model'"),
+        ({"--methods": "DB-MTL(level=features)"}, "no setting 'level'"),
+        ({"--methods": "RLW(seed=x)"}, "RLW does not take seed='x'"),
+        ({"--methods": "DB-MTL(beta=abc)"}, "beta must be a finite number"),
+        ({"--seeds": "-1"}, "seed must be a whole number from 0, got -1"),
+        ({"--seeds": "4294967296"}, "seed must be below 2**32, got 4294967296"),
+        ({"--seeds": "9" * 5000}, "--seeds takes whole numbers"),
+        ({"--monitor-every": "-3"}, "monitor-every must be a whole number from 0, got -3"),
+        ({"--monitor-every": "x"}, "monitor-every must be a whole number from 0, got 'x'"),
+        ({"--jobs": "0"}, "jobs must be a whole number from 1, got 0"),
+        ({"--jobs": "-2"}, "jobs must be a whole number from 1, got -2"),
+        ({"--checkpoint-seconds": "-1"}, "--checkpoint-seconds must be a finite number at least 0"),
+        ({"--checkpoint-seconds": "nan"}, "--checkpoint-seconds must be a finite number"),
+        ({"--out": ""}, "--out is empty: name a folder"),
+        ({"--checkpoints": " "}, "--checkpoints is empty: name a folder"),
     ],
 )
 def test_wrong_options_are_refused_before_training(change, message, tmp_path, capsys):
@@ -238,7 +276,225 @@ def test_a_missing_cuda_device_is_said_so(monkeypatch):
         check_names("toy", ["EW"], "smoke", device="cuda")
 
 
+# --------------------------------------------------------------------------------- damage and disks
+
+
+TOY = ["--benchmark", "toy", "--methods"]
+
+
+def test_one_damaged_record_does_not_block_the_sweep(tmp_path, capsys):
+    whole = run_all("toy", ["EW", "DB-MTL", "STL"], out=tmp_path)
+    (path,) = tmp_path.glob("toy-smoke-DB-MTL-*.json")
+    content = json.loads(path.read_text())
+    content["curves"]["test"]["unit"]["MAE"][0] = 0.125
+    path.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=f"{path.name} is damaged and does not count .*checksum"):
+        code = main([*TOY, "EW,DB-MTL,STL", "--out", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert code == 0 and ["already there" in line for line in lines[1:4]] == [True, False, True]
+    assert "done now" in lines[2]
+    kept = path.with_name(path.name + ".damaged")
+    assert json.loads(kept.read_text()) == content
+    again = run_all("toy", ["EW", "DB-MTL", "STL"], out=tmp_path)
+    assert statuses(again) == ["already there"] * 3
+    assert [r["curves"] for r in again] == [r["curves"] for r in whole]
+
+
+@pytest.mark.full
+def test_processes_make_a_damaged_record_anew(tmp_path):
+    run_all("toy", ["EW", "STL"], out=tmp_path)
+    (path,) = tmp_path.glob("toy-smoke-EW-*.json")
+    path.write_text(path.read_text()[:-100])
+    with pytest.warns(UserWarning, match=f"{path.name} is damaged and does not count"):
+        records = run_all("toy", ["EW", "STL"], out=tmp_path, jobs=2)
+    assert statuses(records) == ["done now", "already there"]
+    assert path.with_name(path.name + ".damaged").exists() and len(read_records(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "of another run"])
+def test_a_damaged_checkpoint_is_told_in_a_sentence_and_the_others_go_on(
+    tmp_path, stopped, capsys, damage
+):
+    _, path = stopped()
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-5])
+    else:
+        _, other = stopped(seed=1)
+        other.rename(path)
+    arguments = [*TOY, "EW,STL", "--out", str(tmp_path)]
+    assert main(arguments) == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in shown[1:3]] == ["failed", "done"]
+    assert path.name in shown[3] and "use --fresh" in shown[3]
+    assert main([*arguments, "--fresh"]) == 0
+
+
+@pytest.mark.parametrize("where", ["a file", "below a file", "a read-only folder"])
+def test_a_folder_that_takes_no_record_is_told_before_training(
+    tmp_path, capsys, monkeypatch, where
+):
+    out = tmp_path / "out"
+    out.write_text("in the way")
+    if where == "below a file":
+        out = out / "deeper"
+    if where == "a read-only folder":  # which root may write to: the file system says no
+        out = tmp_path
+
+        def refuse(*_, **options):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        monkeypatch.setattr(lab.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(lab, "train", lambda *_, **options: pytest.fail("trained"))
+    with pytest.raises(SystemExit) as caught:
+        main([*TOY, "EW", "--out", str(out)])
+    errors = capsys.readouterr().err
+    assert caught.value.code == 2 and f"records cannot be written to {out}: " in errors
+    assert errors.count("\n") == 1
+
+
+def test_a_folder_that_takes_no_record_is_read_where_all_are_there(tmp_path, monkeypatch):
+    run_all("toy", ["EW"], out=tmp_path)
+    monkeypatch.setattr(lab, "_check_writable", lambda folder: pytest.fail("written to"))
+    assert statuses(run_all("toy", ["EW"], out=tmp_path)) == ["already there"]
+
+
+def test_damaged_data_without_sources_are_told_in_a_sentence(tmp_path, capsys, monkeypatch):
+    def load(*_):
+        raise DamagedStore("the prepared data set x is damaged (image.npy): delete that folder")
+
+    damaged = replace(toy, load=load)
+    monkeypatch.setattr(lab, "get_benchmark", lambda name: damaged)
+    with pytest.raises(SystemExit) as caught:
+        main([*TOY, "EW", "--out", str(tmp_path)])
+    errors = capsys.readouterr().err
+    assert caught.value.code == 2 and errors.count("\n") == 1 and "x is damaged" in errors
+
+
+def test_a_full_disk_is_told_in_a_sentence(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit) as caught:
+        main([*TOY, "EW", "--out", str(tmp_path)])
+    errors = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert f"the record of toy EW seed 0 cannot be written to {tmp_path}: No space" in errors
+
+
 # ---------------------------------------------------------------------------------------- processes
+
+
+FATAL = """
+import os, signal
+replace = os.replace
+def dying(source, target):
+    replace(source, target)
+    if "checkpoints" in str(target) and str(target).endswith(".pt"):
+        with open(os.environ["DEATHS"], "a") as file:
+            file.write("x")
+        if os.path.getsize(os.environ["DEATHS"]) in (3, {second}):
+            os.kill(os.getpid(), signal.SIGKILL)
+os.replace = dying
+"""
+
+
+def sweep_with_deaths(tmp_path, second, *more):
+    """A sweep over two methods, whose process of the second one kills itself at a checkpoint."""
+    (tmp_path / "sitecustomize.py").write_text(FATAL.format(second=second))
+    places = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    variables = os.environ | {"PYTHONPATH": places, "DEATHS": str(tmp_path / "deaths")}
+    options = ["--out", tmp_path / "out", "--jobs", "2", "--checkpoint-seconds", "0", *more]
+    program = command(*TOY, "DB-MTL", *options)
+    return subprocess.run(program, env=variables, capture_output=True, text=True)
+
+
+@pytest.mark.full
+def test_a_killed_process_is_tried_again_from_its_checkpoint(tmp_path):
+    (whole,) = run_all("toy", ["DB-MTL"], out=tmp_path / "whole")
+    done = sweep_with_deaths(tmp_path, second=0)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.splitlines()[1].split() == ["DB-MTL", "0", "done", "now", "15"]
+    (record,) = read_records(tmp_path / "out")
+    assert record["seconds"]["sessions"] == 2 and record["curves"] == whole["curves"]
+
+
+@pytest.mark.full
+def test_a_killed_fresh_run_goes_on_from_its_checkpoint_too(tmp_path):
+    run_all("toy", ["DB-MTL"], out=tmp_path / "out")
+    done = sweep_with_deaths(tmp_path, 0, "--fresh")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].split()[-1] == "15"
+
+
+@pytest.mark.full
+def test_a_process_killed_twice_is_lost_and_keeps_its_checkpoint(tmp_path):
+    done = sweep_with_deaths(tmp_path, second=5)
+    assert done.returncode == 1 and done.stderr == "", done.stderr
+    row = done.stdout.splitlines()[1]
+    assert row.split()[:4] == ["DB-MTL", "0", "lost", "0"]
+    assert row.endswith("killed by SIGKILL (tried twice)")
+    (rest,) = run_all("toy", ["DB-MTL"], out=tmp_path / "out")
+    assert rest["steps_now"] == 18 - 5
+
+
+@pytest.mark.full
+def test_kill_9_of_a_child_does_not_end_the_others(tmp_path, monkeypatch, capsys):
+    """Every process of EW is killed from outside; what waits behind it is trained."""
+    real, killed = lab._start, []
+
+    def start(run, *arguments):
+        child = real(run, *arguments)
+        if run.method == "EW":
+            subprocess.run(["kill", "-9", str(child.process.pid)], check=True)
+            killed.append(child.process.pid)
+        return child
+
+    monkeypatch.setattr(lab, "_start", start)
+    code = main([*TOY, "EW,DB-MTL,STL", "--jobs", "2", "--out", str(tmp_path)])
+    shown = capsys.readouterr()
+    rows = [line.split() for line in shown.out.splitlines()[1:4]]
+    assert code == 1 and len(killed) == 2 and "Traceback" not in shown.err
+    assert [(row[0], row[2]) for row in rows] == [
+        ("EW", "lost"),
+        ("DB-MTL", "done"),
+        ("STL", "done"),
+    ]
+    assert "killed by SIGKILL (tried twice)" in shown.out
+    assert [r["config"]["method"] for r in read_records(tmp_path)] == ["DB-MTL", "STL"]
+    monkeypatch.setattr(lab, "_start", real)
+    again = run_all("toy", ["EW", "DB-MTL", "STL"], out=tmp_path, jobs=2)
+    assert statuses(again) == ["done now", "already there", "already there"]
+
+
+@pytest.mark.full
+def test_a_process_that_ends_in_an_error_is_lost_with_its_last_words(tmp_path, monkeypatch, capfd):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'EW' in sys.orig_argv:\n"
+        "    import os\n"
+        "    os.write(2, b'Traceback\\nKeyError: 7\\n')\n"
+        "    os._exit(3)\n"
+    )
+    places = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", places)
+    lost, done = run_all("toy", ["EW", "STL"], out=tmp_path, jobs=2)
+    assert (lost["state"], done["status"]) == ("lost", "done now")
+    assert lost["reason"] == "ended with exit code 3: KeyError: 7 (tried twice)"
+    assert "Traceback\nKeyError: 7" in capfd.readouterr().err
+
+
+@pytest.mark.full
+def test_a_process_that_dies_before_it_can_hear_a_stop_is_pending(tmp_path, monkeypatch):
+    real, started = lab._start, []
+
+    def start(*arguments):
+        started.append(real(*arguments))
+        return started[-1]
+
+    monkeypatch.setattr(lab, "_start", start)
+    records = run_all("toy", ["EW", "STL"], out=tmp_path, jobs=2, stop=lambda: bool(started))
+    assert [r["state"] for r in records] == ["pending"] * 2 and len(started) == 2
 
 
 @pytest.mark.full

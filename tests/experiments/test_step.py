@@ -37,6 +37,29 @@ def test_evaluation_is_in_evaluation_mode_and_leaves_training_mode():
     assert one == two and model.training and model.trunk.training
 
 
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_evaluation_restores_the_mode_of_every_module(mode, fails):
+    """Batch normalization in a frozen part stays in evaluation mode, and dropout stays on."""
+    data = toy.load(toy.scale("smoke"))
+    model = toy.network(toy.scale("smoke"), data, toy.task_names).train(mode)
+    model.trunk.train(not mode)
+    before = [module.training for module in model.modules()]
+    seen = []
+    hook = model.trunk.register_forward_hook(
+        lambda *_: seen.extend(module.training for module in model.modules())
+    )
+    if fails:
+        model.trunk.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate(model, toy.tasks, data.test, 16)
+    else:
+        evaluate(model, toy.tasks, data.test, 16)
+    hook.remove()
+    assert [module.training for module in model.modules()] == before
+    assert seen and not any(seen)
+
+
 def test_a_trunk_that_is_called_twice_is_named():
     trunk = nn.Linear(1, 1)
     model = nn.Module()

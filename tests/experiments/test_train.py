@@ -216,6 +216,19 @@ def test_a_record_holds_the_commits_of_all_code_that_trained_it(tmp_path, stoppe
     assert not {"code", "code_modules"} & set(record)
 
 
+@pytest.mark.parametrize("method", ["DB-MTL", "STL", "DWA"])
+def test_a_checkpoint_in_which_tasks_were_numbers_is_resumed(tmp_path, stopped, method):
+    """The balancer used to be given a list of losses."""
+    whole = train("toy", method, out=tmp_path / "whole")
+    _, path = stopped(method)
+    state = load_checkpoint(path)
+    balancer = state["loop"]["balancer"]
+    balancer["names"] = tuple(range(len(balancer["names"])))
+    save_checkpoint(path, state)
+    rest = train("toy", method, out=tmp_path)
+    assert rest["steps_now"] == rest["steps"] - 3 and numbers(rest) == numbers(whole)
+
+
 def test_a_checkpoint_of_before_replays_is_resumed(tmp_path, stopped):
     """Checkpoints used to hold a hash of source text."""
     whole = train("toy", "EW", out=tmp_path / "whole")
@@ -227,8 +240,42 @@ def test_a_checkpoint_of_before_replays_is_resumed(tmp_path, stopped):
 
 def test_a_budget_stops_at_a_checkpoint(tmp_path):
     part = train("toy", "EW", out=tmp_path, budget=0.0)
-    assert (part["state"], part["steps_now"]) == ("stopped", 0)
+    assert (part["state"], part["steps_now"]) == ("stopped", 1)
     assert train("toy", "EW", out=tmp_path, budget=60.0)["state"] == "finished"
+
+
+def test_a_budget_below_the_time_to_set_up_takes_a_step_a_call(tmp_path):
+    whole = train("toy", "EW", out=tmp_path / "whole")
+    parts = [train("toy", "EW", out=tmp_path, budget=1e-9) for _ in range(18)]
+    assert [part["step"] for part in parts] == list(range(1, 19))
+    assert [part["state"] for part in parts] == ["stopped"] * 17 + ["finished"]
+    assert parts[-1]["curves"] == whole["curves"]
+
+
+def test_a_stop_takes_no_step(tmp_path):
+    part = train("toy", "EW", out=tmp_path, stop=lambda: True)
+    assert (part["state"], part["steps_now"]) == ("stopped", 0)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30, 1.5, True, "0"])
+def test_a_seed_that_no_generator_takes_is_refused(tmp_path, seed):
+    with pytest.raises(ValueError, match="seed must be .*got"):
+        train("toy", "EW", seed=seed, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_largest_seed_runs(tmp_path):
+    assert train("toy", "EW", seed=2**32 - 1, out=tmp_path)["state"] == "finished"
+
+
+def test_a_negative_interval_of_monitors_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="monitor_every must be a whole number from 0, got -3"):
+        train("toy", "EW", out=tmp_path, monitor_every=-3)
+
+
+def test_options_of_the_balancer_are_no_settings(tmp_path):
+    with pytest.raises(ValueError, match="has no setting 'check'; its settings: eps, alpha, beta"):
+        train("toy", "DB-MTL", out=tmp_path, hyper={"check": "off"})
 
 
 def broken(error=None, value=1.0, at=4):
@@ -250,11 +297,8 @@ def broken(error=None, value=1.0, at=4):
 def test_a_loss_that_is_not_finite_is_a_result(tmp_path, value, method):
     record = train(broken(value=value), method, out=tmp_path)
     assert (record["state"], record["step"], record["steps_now"]) == ("diverged", 3, 3)
-    assert (
-        "large" in record["reason"]
-        and record["selected"] == {}
-        and record["curves"] == {"epochs": []}
-    )
+    assert record["reason"] == f"the loss of task 'large' is {value}"
+    assert record["selected"] == {} and record["curves"] == {"epochs": []}
     assert len(read_records(tmp_path, state="diverged")) == 1
 
 
@@ -265,10 +309,29 @@ def test_a_divergence_keeps_the_curves_until_then(tmp_path):
 
 def test_an_stl_run_diverges_in_one_task(tmp_path):
     record = train(broken(value=float("nan"), at=9), "STL", out=tmp_path)
-    assert record["state"] == "diverged" and record["reason"] == "the loss of large is not finite"
+    assert record["state"] == "diverged" and record["reason"] == "the loss of task 'large' is nan"
     assert (
         len(record["curves"]["train"]["unit"]) == 3 and len(record["curves"]["train"]["large"]) == 1
     )
+
+
+@pytest.mark.parametrize("method", ["DB-MTL", "UW", "GLS", "EW+log", "IMTL-L"])
+@pytest.mark.parametrize("name", ["toy", "toy-multi"])
+def test_a_failure_names_the_task(tmp_path, method, name):
+    """A negative loss has no logarithm, and no uncertainty."""
+    negative = get_benchmark(name)
+    tasks = list(negative.tasks)
+    tasks[1] = replace(tasks[1], loss=lambda prediction, target: -prediction.square().mean())
+    record = train(replace(negative, name="negative", tasks=tuple(tasks)), method, out=tmp_path)
+    assert record["state"] == "failed"
+    assert re.match(r"ValueError: the loss of task 'large' is -\d", record["reason"])
+
+
+def test_several_losses_that_are_not_finite_are_all_named(tmp_path):
+    wild = broken(value=float("nan"), at=4)
+    first = replace(wild.tasks[0], loss=broken(value=float("inf"), at=4).tasks[1].loss)
+    record = train(replace(wild, tasks=(first, *wild.tasks[1:])), "EW", out=tmp_path)
+    assert record["reason"] == "the loss of task 'unit' is inf, the loss of task 'large' is nan"
 
 
 def raising(monkeypatch, error):

@@ -132,7 +132,31 @@ def test_lite0_features_are_computed_once_and_do_not_depend_on_the_batches(tmp_p
         efficientnet_lite0, "pooled_features", lambda *arguments: pytest.fail("computed again")
     )
     assert_close(lite0_features(store).clone(), first.clone(), rtol=0, atol=0)
-    assert [path.suffix for path in (tmp_path / "lite0").iterdir()] == [".npy", ".npy"]
+    suffixes = sorted(path.suffix for path in (tmp_path / "lite0").iterdir())
+    assert suffixes == [".npy", ".npy", ".sha256", ".sha256"]
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut", "before there were hashes"])
+def test_damaged_features_are_noticed_and_computed_again(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(efficientnet_lite0, "load_lite0", lambda network: network)
+    monkeypatch.setattr(
+        efficientnet_lite0,
+        "pooled_features",
+        lambda network, images, *_: images.float().mean((2, 3)),
+    )
+    store = tiny_store(tmp_path, monkeypatch)
+    first = lite0_features(store).clone()
+    (path,) = (tmp_path / "lite0").glob("*.npy")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content)[: -8 if damage == "cut" else None])
+    if damage == "before there were hashes":
+        path.with_suffix(".sha256").unlink()
+        assert not torch.equal(lite0_features(store), first)
+        return
+    with pytest.warns(UserWarning, match=f"{path.name} is damaged: .* computed again"):
+        assert torch.equal(lite0_features(store), first)
+    assert torch.equal(lite0_features(store), first)
 
 
 def test_features_do_not_depend_on_the_number_of_threads():
