@@ -208,14 +208,27 @@ def prepared_cityscapes(
 ) -> dict | None:  # {"train": Store, "test": Store}
     "What was prepared before, MTAN's first, without a look at its sources; None if nothing was."
     for layout in ("mtan", "official"):
-        stores = open_stores({part: _name(layout, part, size) for part in ("train", "test")})
-        if stores:
+        stores = open_stores({part: _name(layout, part, size) for part in _SOURCE_PARTS})
+        if stores and all(stores[part].meta == _meta(layout, part) for part in stores):
             return stores
     return None
 
 
+_SOURCE_PARTS = {"train": "train", "test": "val"}
+
+
 def _name(layout, part, size) -> str:
     return store_name("cityscapes", layout, part, size=size)
+
+
+def _meta(layout, part) -> dict:
+    "What a store says of itself; one that says something else is not opened as Cityscapes."
+    return {
+        "layout": layout,
+        "depth_unit": DEPTH_UNIT,
+        "classes": list(CATEGORIES),
+        "whole_size": _SIZES[_SOURCE_PARTS[part]],
+    }
 
 
 def prepare_cityscapes(
@@ -233,13 +246,7 @@ def prepare_cityscapes(
     read = partial(read_archive if layout == "mtan" else read_official, size=size)
     fields = dense_fields(size, ("image", "label", "depth"))
     plans = {}
-    for part, source_part in (("train", "train"), ("test", "val")):
-        meta = {
-            "layout": layout,
-            "depth_unit": DEPTH_UNIT,
-            "classes": list(CATEGORIES),
-            "whole_size": _SIZES[source_part],
-        }
+    for part, source_part in _SOURCE_PARTS.items():
         name = _name(layout, part, size)
-        plans[part] = StorePlan(name, parts[source_part], read, fields, meta)
+        plans[part] = StorePlan(name, parts[source_part], read, fields, _meta(layout, part))
     return build_stores(plans)

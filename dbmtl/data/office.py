@@ -258,12 +258,20 @@ def prepare_office(
     plans = {}
     for task, parts in office_files(name, source).items():
         for part, items in parts.items():
-            meta = {"set": TITLES[name], "task": task, "part": part}
-            meta["classes"] = len(class_names(name))
             chosen = _chosen(items, counts[part])
             store = store_name(name, task, part, size=size, count=counts[part])
-            plans[task, part] = StorePlan(store, chosen, read, fields, meta)
+            plans[task, part] = StorePlan(store, chosen, read, fields, _meta(name, task, part))
     return _by_task(build_stores(plans, progress))
+
+
+def _meta(name, task, part) -> dict:
+    "What a store says of itself; one that says something else is not opened as this set."
+    return {
+        "set": TITLES[name],
+        "task": task,
+        "part": part,
+        "classes": len(class_names(name)),
+    }
 
 
 def _by_task(stores) -> dict:
@@ -288,4 +296,9 @@ def open_office(
         for part in PARTS:
             names[task, part] = store_name(name, task, part, size=size, count=counts[part])
     stores = open_stores(names)
-    return None if stores is None else _by_task(stores)
+    if stores is None:
+        return None
+    for (task, part), store in stores.items():
+        if store.meta != _meta(name, task, part):
+            return None
+    return _by_task(stores)

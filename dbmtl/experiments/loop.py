@@ -48,10 +48,14 @@ def _errors_of_the_method(losses: dict):
     except (ValueError, RuntimeError, ArithmeticError) as error:
         if _is_of_the_machine(error):
             raise
-        bad = [name for name, loss in losses.items() if not torch.isfinite(loss.detach()).all()]
+        numbers = {name: float(loss) for name, loss in losses.items()}
+        bad = [
+            f"the loss of task {name!r} is {number}"
+            for name, number in numbers.items()
+            if not math.isfinite(number)
+        ]
         if bad:
-            reason = f"the loss of {', '.join(bad)} is not finite"
-            raise Ended("diverged", reason) from error
+            raise Ended("diverged", ", ".join(bad)) from error
         if isinstance(error, FloatingPointError):
             raise Ended("diverged", str(error)) from error
         raise Ended("failed", f"{type(error).__name__}: {error}"[:500]) from error
@@ -159,8 +163,8 @@ class Loop:
         seen = gradient_monitor(losses[0], list(self.model.trunk.parameters())) if monitor else None
 
         # The balancer takes the place of `loss.backward()`: it fills the gradients.
-        with _errors_of_the_method(dict(zip(self.names, self.losses, strict=True))):
-            self.balancer.backward(*losses, scaler=self.scaler, **features)
+        with _errors_of_the_method(self._by_task(self.losses)):
+            self.balancer.backward(*map(self._by_task, losses), scaler=self.scaler, **features)
 
         # The step itself. A finished step counts, whatever the second look finds.
         self._move()
@@ -172,6 +176,10 @@ class Loop:
         if self.balancer.transform.looks_again:
             self._look_again(samples[0])
         self.position += 1
+
+    def _by_task(self, losses) -> dict:
+        "T losses under the names of their tasks, which errors then mention."
+        return dict(zip(self.names, losses, strict=True))
 
     def _batch_at_position(self, order) -> dict:
         return {name: batches[self.position] for name, batches in order.items()}
@@ -208,8 +216,8 @@ class Loop:
 
     @torch.no_grad()
     def _look_again(self, samples):
-        losses = task_losses(self.model, self.tasks, samples)
-        with _errors_of_the_method(dict(zip(self.names, losses, strict=True))):
+        losses = self._by_task(task_losses(self.model, self.tasks, samples))
+        with _errors_of_the_method(losses):
             self.balancer.after_step(losses)
 
     def end_epoch(self):
@@ -311,6 +319,8 @@ def loop_state(loop: Loop) -> dict:
 def load_loop_state(loop: Loop, state: dict):
     "Bring a new loop into a stored state, which is copied."
     state = copy.deepcopy(state)  # an optimizer keeps the tensors that it is given
+    if state["balancer"]["names"] is not None:
+        state["balancer"]["names"] = tuple(loop.names)  # once they were numbers
     for name in (*_MODULES, *_OPTIONAL_MODULES):
         if getattr(loop, name) is not None:
             getattr(loop, name).load_state_dict(state[name])

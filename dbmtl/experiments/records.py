@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['project_root', 'runs_folder', 'figures_folder', 'configuration', 'run_identity', 'round_numbers', 'encode_record',
-           'thin', 'record_path', 'write_record', 'read_record', 'read_records', 'find_record', 'commit', 'environment',
-           'selected', 'above_floor']
+           'thin', 'check_structure', 'record_path', 'write_record', 'DamagedRecord', 'read_record', 'scan_records',
+           'read_records', 'find_record', 'commit', 'environment', 'selected', 'above_floor']
 
 # %% ../../nbs/10_experiments/04_records.ipynb #995eb67f
 import hashlib
@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import subprocess
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -169,6 +170,120 @@ def thin(
             small["monitors"] = _pick(monitors, range(0, _longest(monitors), strides["monitors"]))
     return small
 
+# %% ../../nbs/10_experiments/04_records.ipynb #2dd7d461
+_CHECKSUM = "checksum"  # the field of a file that holds the sha256 of the others
+
+
+def _checksum(record: dict) -> str:
+    "The sha256 of a record's content, whatever the order of its fields."
+    content = {name: value for name, value in record.items() if name != _CHECKSUM}
+    return hashlib.sha256(_canonical(content).encode()).hexdigest()
+
+# %% ../../nbs/10_experiments/04_records.ipynb #a509b99e
+_PARTS = (  # of every record; what was added later is not among them
+    "config",
+    "curves",
+    "data",
+    "device",
+    "directions",
+    "floors",
+    "identity",
+    "monitor_every",
+    "monitors",
+    "parameters",
+    "seconds",
+    "selected",
+    "step",
+    "steps",
+)
+
+
+def check_structure(
+    record: dict,  # whose identity and state are those of a record
+):
+    "Raise ValueError, naming the place, where a record lacks a part or a number."
+    missing = [name for name in _PARTS if name not in record]
+    if missing:
+        raise ValueError(f"no {', '.join(missing)}")
+    if record["state"] != "finished":
+        _check_numbers(record["curves"], "curves")
+        return
+    if record["step"] != record["steps"]:
+        raise ValueError(f"finished at step {record['step']} of {record['steps']}")
+    _check_curves(record["curves"], record["directions"])
+    _check_floors(record["floors"], record["directions"])
+    _check_selected(record["selected"], record["directions"])
+    _check_monitors(record["monitors"])
+
+
+def _check_numbers(value, place: str):
+    "Every leaf of nested dictionaries and lists is a finite number."
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            _check_numbers(entry, f"{place} {name}")
+    elif isinstance(value, list):
+        for number, entry in enumerate(value):
+            _check_numbers(entry, f"{place} [{number}]")
+    elif type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{place} is {value!r}, no finite number")
+
+
+def _check_columns(columns, names, length: int, place: str):
+    "A column of finite numbers for each of the names."
+    for name in names:
+        if name not in columns:
+            raise ValueError(f"no {place} {name}")
+        if len(columns[name]) != length:
+            raise ValueError(f"{place} {name} has {len(columns[name])} numbers, not {length}")
+    _check_numbers(columns, place)
+
+
+def _check_curves(curves, directions):
+    epochs = curves["epochs"]
+    is_ascending = all(earlier < later for earlier, later in zip(epochs, epochs[1:], strict=False))
+    if not epochs or not is_ascending:
+        raise ValueError(f"the epochs of its curves are {epochs}")
+    _check_columns(curves["train"], directions, len(epochs), "curves train")
+    splits = [split for split in ("validation", "test") if split != "validation" or split in curves]
+    for split in splits:
+        for task, metrics in directions.items():
+            place = f"curves {split} {task}"
+            _check_columns(curves[split][task], metrics, len(epochs), place)
+
+
+def _check_metrics(values, directions, place: str):
+    "A finite number for each metric of each task."
+    for task, metrics in directions.items():
+        for metric in metrics:
+            if metric not in values.get(task, {}):
+                raise ValueError(f"no {place} {task} {metric}")
+    _check_numbers(values, place)
+
+
+def _check_floors(floors, directions):
+    _check_metrics(floors["test"], directions, "floors test")
+    if floors["validation"]:
+        _check_metrics(floors["validation"], directions, "floors validation")
+
+
+def _check_selected(selections, directions):
+    labels = {label.split()[0] for label in selections}
+    if labels != {"best", "average"}:
+        raise ValueError(f"selected are {list(selections)}, not a best epoch and an average")
+    for label, selection in selections.items():
+        _check_metrics(selection["test"], directions, f"selected {label} test")
+        _check_numbers(selection, f"selected {label}")
+
+
+def _check_monitors(monitors):
+    "Columns as long as the list of steps; None stands where there was no finite number."
+    length = len(monitors.get("steps", []))
+    for kind, columns in monitors.items():
+        for name, column in columns.items() if kind != "steps" else ():
+            if len(column) != length:
+                raise ValueError(f"monitors {kind} {name} has {len(column)} numbers, not {length}")
+            _check_numbers([entry for entry in column if entry is not None], f"monitors {kind}")
+
 # %% ../../nbs/10_experiments/04_records.ipynb #af73b8d8
 def record_path(
     folder,
@@ -192,40 +307,104 @@ def write_record(
     record: dict,
     folder,  # made if it is not there
 ) -> Path:
-    "Round, thin and write a record atomically; returns the file."
+    """Round, thin and write a record atomically, with its checksum; returns the file.
+
+    A damaged file in its place is kept under another name.
+    """
     path = record_path(folder, record["config"], record["identity"])
     rounded = round_numbers(record)
     rounded["config"] = record["config"]  # the identity is that of all digits
-    write_atomically(path, encode_record(thin(rounded)))
+    small = thin(rounded | {_CHECKSUM: "0" * 64})
+    small[_CHECKSUM] = _checksum(small)
+    if path.exists():
+        _keep_if_damaged(path)
+    write_atomically(path, encode_record(small))
     return path
 
-# %% ../../nbs/10_experiments/04_records.ipynb #59c50960
-def read_record(path) -> dict:
-    "One record; raises ValueError naming the file where it is damaged."
-    states = ("finished", "diverged", "failed")
+
+def _keep_if_damaged(path: Path):
+    "Rename a damaged record to NAME.damaged, and the next one to NAME.damaged-2."
     try:
-        record = json.loads(Path(path).read_text())
-        if record["identity"] != run_identity(record["config"], record["data"]["hash"]):
-            raise ValueError("its identity is not that of its configuration and data")
-        if record["state"] not in states:
-            raise ValueError(f"unknown state {record['state']!r}")
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(
-            f"{path} is not a whole run record ({reason}): delete it and run again"
-        ) from error
+        read_record(path)
+    except DamagedRecord:
+        name = f"{path.name}.damaged"
+        count = len(list(path.parent.glob(f"{name}*")))
+        os.replace(path, path.with_name(f"{name}-{count + 1}" if count else name))
+
+# %% ../../nbs/10_experiments/04_records.ipynb #59c50960
+class DamagedRecord(ValueError):
+    "A file that is not a whole run record, and why."
+
+    def __init__(
+        self,
+        path,  # of the file
+        reason,
+    ):
+        super().__init__(f"{path} is not a whole run record ({reason}): delete it and run again")
+        self.path = Path(path)
+        self.reason = str(reason)
+
+
+def read_record(path) -> dict:
+    "One record, without its checksum; raises DamagedRecord naming the file where it is damaged."
+    try:
+        return _whole(json.loads(Path(path).read_text("utf-8"), parse_constant=_refuse))
+    except FileNotFoundError:
+        raise
+    except KeyError as error:
+        raise DamagedRecord(path, f"no {error}") from error
+    except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise DamagedRecord(path, error) from error
+
+
+def _refuse(constant: str):
+    raise ValueError(f"it holds {constant}, which is no number")
+
+
+def _whole(record: dict) -> dict:
+    "The record without its checksum; raises an error where it is not whole."
+    if record["identity"] != run_identity(record["config"], record["data"]["hash"]):
+        raise ValueError("its identity is not that of its configuration and data")
+    states = ("finished", "diverged", "failed")
+    if record["state"] not in states:
+        raise ValueError(f"unknown state {record['state']!r}")
+    if _CHECKSUM not in record:  # made before there were any
+        check_structure(record)
+        return record
+    if record.pop(_CHECKSUM) != _checksum(record):
+        raise ValueError("its checksum is not that of its content")
     return record
+
+# %% ../../nbs/10_experiments/04_records.ipynb #55a5de47
+def scan_records(
+    folder,
+) -> tuple:  # (records in the order of their files, a DamagedRecord for each other file)
+    "Every record of a folder, and what is damaged there; nothing if there is no such folder."
+    records = []
+    damaged = []
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            records.append(read_record(path))
+        except DamagedRecord as error:
+            damaged.append(error)
+    return records, damaged
 
 # %% ../../nbs/10_experiments/04_records.ipynb #39720403
 def read_records(
     folder,
     **filters,  # benchmark, method, scale, seed, state, hyper: a value, or a list of them
 ) -> list[dict]:  # sorted by benchmark, scale, method, seed
-    "The records of a folder that pass all filters; none if there is no such folder."
+    """The records of a folder that pass all filters; none if there is no such folder.
+
+    A damaged file is left out, with a warning that names it.
+    """
     for name in filters:
         if name not in _FILTERS:
             raise unknown_name("filter", name, _FILTERS)
-    records = [read_record(path) for path in sorted(Path(folder).glob("*.json"))]
+    records, damaged = scan_records(folder)
+    for error in damaged:
+        message = f"{error.path} is damaged and left out ({error.reason}): run it again"
+        warnings.warn(message, stacklevel=2)
     for name, value in filters.items():
         values = value if isinstance(value, (list, tuple, set)) else [value]
         records = [record for record in records if _FILTERS[name](record) in values]
@@ -248,12 +427,23 @@ def find_record(
     folder=None,  # `runs_folder` of the scale if None
     data_hash: str | None = None,  # None: of whatever data
 ) -> dict | None:
-    "The record of this very configuration, or None."
+    """The record of this very configuration, or None.
+
+    A damaged file is none, with a warning that names it and says what happens to it.
+    """
     folder = runs_folder(config["scale"]["name"]) if folder is None else folder
     beginning = "x" * 8  # of the identity, which depends on the data
     pattern = record_path(folder, config, beginning).name.replace(beginning, "*")
     for path in sorted(Path(folder).glob(pattern)):
-        record = read_record(path)
+        try:
+            record = read_record(path)
+        except DamagedRecord as error:
+            message = (
+                f"{path} is damaged and does not count ({error.reason}): when its run has been "
+                f"made again, the file is kept as {path.name}.damaged"
+            )
+            warnings.warn(message, stacklevel=2)
+            continue
         if record["config"] == config and data_hash in (None, record["data"]["hash"]):
             return record
     return None

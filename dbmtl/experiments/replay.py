@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import random
 import signal
+import warnings
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import replace
@@ -28,12 +29,12 @@ from ..core.checks import check_whole, unknown_name
 from ..core.files import write_atomically
 from ..core.progress import progress_bar
 from .loop import MONITOR_DIGITS, Ended
-from .method_labels import label_of
+from .method_labels import check_settings, label_of
 from dbmtl.experiments.records import (
     encode_record,
-    read_records,
     round_numbers,
     runs_folder,
+    scan_records,
 )
 from .terminal import text_table, until_signal
 from .train import Run, learning_curves
@@ -153,6 +154,7 @@ def _benchmark_of(record, benchmark=None):
         if config["method"] != "STL":
             shared = torch.nn.Linear(1, 1)
             tasks = len(benchmark.tasks)
+            check_settings(config["method"], config["hyper"])
             make_balancer(config["method"], shared=shared, num_tasks=tasks, **config["hyper"])
     except (ValueError, TypeError):
         raise CannotReplay("today's code has no such method") from None
@@ -280,7 +282,12 @@ def read_replays(
 ) -> dict:  # {identity: what `replay` gave}
     "The stored outcomes; none if there is no file."
     path = replays_path(folder)
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and replay again") from error
 
 
 def write_replays(
@@ -300,7 +307,11 @@ def is_current(
         folder = runs_folder(record["config"]["scale"]["name"]) if folder is None else folder
     except FileNotFoundError:  # outside of a project
         return None
-    result = read_replays(folder).get(record.get("identity"))
+    try:
+        result = read_replays(folder).get(record.get("identity"))
+    except ValueError as error:
+        warnings.warn(str(error), stacklevel=2)
+        return None
     if result is None or result["record"] != _fingerprint(record):
         return None
     return {"exact": True, "close": True, "differs": False}.get(result["outcome"])
@@ -427,7 +438,7 @@ def replay_table(
 # %% ../../nbs/10_experiments/11_replay.ipynb #0b73bedd
 def main(
     argv=None,
-) -> int:  # 0; 1 if a record differs; 2 for wrong options; 130 after Ctrl-C
+) -> int:  # 0; 1 if a record differs or is damaged; 2 for wrong options; 130 after Ctrl-C
     "Train the first epoch of recorded runs again, and compare it with the records."
     parser = argparse.ArgumentParser(prog="python -m dbmtl.replay", description=main.__doc__)
     option = parser.add_argument
@@ -443,22 +454,25 @@ def main(
     given = parser.parse_args(argv)
     try:
         folder = runs_folder("paper") if given.runs is None else given.runs
-        records = _selected(given, folder)
+        records, damaged = scan_records(folder)
+        records = _selected(given, records, folder)
         check_whole("--jobs", given.jobs)
+        read_replays(folder)  # a damaged file of outcomes is told before the work
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     with until_signal() as stop:
         replays = replay_all(records, folder, given.jobs, stop=stop)
         was_stopped = stop()
-    print(replay_table(records, replays), replays_path(folder), sep="\n")
+    remarks = [f"{error.path} is damaged, not replayed: {error.reason}" for error in damaged]
+    print(replay_table(records, replays), *remarks, replays_path(folder), sep="\n")
     if was_stopped:
         return 130
-    return int(any(result["outcome"] == "differs" for result in replays.values()))
+    is_different = any(result["outcome"] == "differs" for result in replays.values())
+    return int(is_different or bool(damaged))
 
 
-def _selected(given, folder) -> list[dict]:
+def _selected(given, records: list, folder) -> list[dict]:
     "The records that the options name; raises ValueError for a name that no record has."
-    records = read_records(folder)
     for kind in ("benchmark", "scale", "method", "seed"):
         names = getattr(given, kind)
         if names is None:

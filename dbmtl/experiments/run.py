@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,10 +24,12 @@ from typing import NamedTuple
 import torch
 
 from ..benchmarks.base import benchmark_module, benchmark_names, get_benchmark
-from ..core.checks import check_whole, unknown_name
+from ..core.checks import check_number, check_whole, unknown_name
 from ..core.files import write_atomically
-from .checkpoints import checkpoint_files, checkpoint_path
+from ..data.image_store import DamagedStore
+from .checkpoints import UnusableCheckpoint, checkpoint_files, checkpoint_path
 from dbmtl.experiments.method_labels import (
+    check_settings,
     hyper_of,
     label_of,
     method_label,
@@ -44,7 +47,7 @@ from dbmtl.experiments.records import (
 )
 from .replay import is_current
 from .terminal import parse_duration, text_table, until_signal
-from .train import train
+from .train import check_seed, train
 from ..registry import hyperparameters, make_balancer, method_names
 
 # %% ../../nbs/10_experiments/12_run.ipynb #f6607d34
@@ -102,13 +105,12 @@ def _check_method(name: str):
 
 def _check_settings(label: str, hyper: dict, num_tasks: int):
     method, _ = parse_method(label)
+    check_settings(method, hyper)
     if method == "STL":
-        if hyper:
-            raise ValueError(f"STL has no hyperparameters: {label!r}")
         return
     try:
         _balancer(method, num_tasks, hyper)
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:
         raise ValueError(_wrong_setting(method, num_tasks, hyper)) from error
 
 
@@ -117,7 +119,7 @@ def _wrong_setting(method: str, num_tasks: int, hyper: dict) -> str:
     for name, value in hyper.items():
         try:
             _balancer(method, num_tasks, {name: value})
-        except TypeError:
+        except (TypeError, RuntimeError):
             default = hyperparameters(method).get(name)
             return f"{method} does not take {name}={value!r}; the default is {default!r}"
     return f"{method} does not take {hyper} together"
@@ -226,12 +228,14 @@ def _run_here(runs: list, sweep: _Sweep) -> list[dict]:
     "Train the pending runs one after another in this process."
     data = _DataOfSeed(sweep)
     results = []
+    has_begun = False
     for run in runs:
         if run.record:
             results.append(_found(run.record))
-        elif sweep.is_time_up() or sweep.is_stopped():
+        elif sweep.is_stopped() or (has_begun and sweep.is_time_up()):
             results.append(_stub(run, "pending"))
         else:
+            has_begun = True
             results.append(_find_or_train(run, sweep, data))
     return results
 
@@ -289,6 +293,8 @@ def _find_or_train(run: PlannedRun, sweep: _Sweep, data: _DataOfSeed) -> dict:
         )
     except BlockingIOError:
         return _stub(run, "pending", "another process works on it")
+    except UnusableCheckpoint as error:
+        return _stub(run, "failed", str(error))
     except TypeError as error:
         if "at feature level" not in str(error):
             raise
@@ -358,13 +364,43 @@ class _Child(NamedTuple):
     def is_over(self) -> bool:
         return self.process.poll() is not None
 
+    def read_errors(self) -> str:
+        return self.errors.read_text(errors="replace")[-2000:]
 
-def _start(run: PlannedRun, sweep: _Sweep, folder, number: int) -> _Child:
-    "Start the process of one run."
-    report = Path(folder) / f"{number}.json"
-    errors = Path(folder) / f"{number}.err"
+    def why_lost(self) -> str:
+        "Why it is over and left no report; '' where it left one, or has said what was missing."
+        code = self.process.returncode
+        if self.report.exists() or code == _WRONG_OPTIONS:
+            return ""
+        return _how_it_ended(code, self.read_errors())
+
+
+_WRONG_OPTIONS = 2  # the exit code for wrong options or missing data
+
+
+def _how_it_ended(code: int, errors: str) -> str:
+    "The end of a process that left no report: its signal, or its exit code and last words."
+    if code < 0:
+        names = {number.value: number.name for number in signal.Signals}
+        return f"killed by {names.get(-code, f'signal {-code}')}"
+    last_words = errors.strip().splitlines()[-1:] or ["it said nothing"]
+    return f"ended with exit code {code}: {last_words[0]}"
+
+
+def _start(
+    run: PlannedRun,
+    sweep: _Sweep,
+    folder,  # of the report
+    name: str,  # of the report
+    since: float | None,  # when the first process of this run was started; None: this is it
+) -> _Child:
+    "Start a process of one run."
+    report = Path(folder) / f"{name}.json"
+    errors = Path(folder) / f"{name}.err"
     line = [sys.executable, "-m", "dbmtl.run", *_arguments(run, sweep)]
     line += ["--report", str(report), "--parent", str(os.getpid())]
+    if since is not None:
+        line += ["--since", repr(since)]
     if sweep.deadline is not None:
         line += ["--budget", f"{max(sweep.time_left(), 0.001):.3f}s"]
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -384,11 +420,13 @@ def _run_jobs(runs: list, sweep: _Sweep, jobs: int) -> list[dict]:
     results = {number: _found(run.record) for number, run in enumerate(runs) if run.record}
     waiting = [number for number in range(len(runs)) if number not in results]
     active = {}
+    begun_at = {}  # {number: time of its first process}
+    tries = Counter()
     is_told = False  # once: a second signal would end the processes at once
     with tempfile.TemporaryDirectory() as folder:
         try:
             while waiting or active:
-                if sweep.is_time_up():
+                if tries and sweep.is_time_up():  # the first is begun however little time there is
                     waiting.clear()
                 if not is_told and sweep.is_stopped():
                     waiting.clear()
@@ -396,10 +434,22 @@ def _run_jobs(runs: list, sweep: _Sweep, jobs: int) -> list[dict]:
                     is_told = True
                 while waiting and len(active) < jobs:
                     number = waiting.pop(0)
-                    active[number] = _start(runs[number], sweep, folder, number)
+                    name = f"{number}-{tries[number]}"
+                    active[number] = _start(runs[number], sweep, folder, name, begun_at.get(number))
+                    tries[number] += 1
+                    begun_at.setdefault(number, time.time())
                 for number in [number for number, child in active.items() if child.is_over()]:
                     child = active.pop(number)
-                    results[number] = _collect_child(runs[number], sweep.out, child)
+                    reason = child.why_lost()
+                    if not reason:
+                        results[number] = _collect_child(runs[number], sweep.out, child)
+                    elif is_told:
+                        results[number] = _stub(runs[number], "pending", reason)
+                    elif tries[number] < 2:
+                        results[number] = _stub(runs[number], "lost", reason)
+                        waiting.append(number)
+                    else:
+                        results[number] = _lost_twice(runs[number], child, reason)
                 time.sleep(0.02)
         finally:
             if not is_told:
@@ -415,19 +465,29 @@ def _terminate(children):
             child.process.send_signal(signal.SIGTERM)
 
 
+def _lost_twice(run: PlannedRun, child: _Child, reason: str) -> dict:
+    "The result of a run whose second process was lost too; an error of its own is shown."
+    if child.process.returncode > 0:
+        sys.stderr.write(child.read_errors())
+    return _stub(run, "lost", f"{reason} (tried twice)")
+
+
 def _collect_child(run: PlannedRun, out, child: _Child) -> dict:
     report = json.loads(child.report.read_text()) if child.report.exists() else None
-    return _collect(run, out, child.process.returncode, report, child.errors.read_text()[-2000:])
+    errors = child.read_errors()
+    if report is not None:
+        sys.stderr.write(errors)  # its warnings
+    return _collect(run, out, child.process.returncode, report, errors)
 
 
 def _collect(run: PlannedRun, out, code: int, report: dict | None, errors: str) -> dict:
-    "The result of a run that a process has done; raises where it left no report."
-    if report is None:
+    "The result of a run that a process has done; raises where it says that something is missing."
+    if report is None and code == _WRONG_OPTIONS:
         message = f"{run.method} seed {run.seed} ended with {code}:\n{errors}".rstrip()
-        if code == 2:  # it said what was missing
-            raise FileNotFoundError(message)
-        raise RuntimeError(message)
-    is_recorded = report["state"] in ("finished", "diverged", "failed")
+        raise FileNotFoundError(message)
+    if report is None:
+        return _stub(run, "lost", _how_it_ended(code, errors))
+    is_recorded = report["state"] in ("finished", "diverged", "failed") and report["steps"] > 0
     record = find_record(run.config, out) if is_recorded else None
     return (record or {}) | report
 
@@ -478,8 +538,8 @@ def _returned(run: PlannedRun, out, outcome: dict, patience: float = 60.0) -> di
     end = time.monotonic() + patience
     while True:
         result = _collect(run, out, code, report, outcome["errors"])
-        has_no_record = result["state"] in ("stopped", "pending")
-        has_no_record = has_no_record or result["reason"].startswith("cannot run on")
+        has_no_record = result["state"] in ("stopped", "pending", "lost")
+        has_no_record = has_no_record or (result["state"] == "failed" and result["steps"] == 0)
         if has_no_record or "curves" in result:
             return result
         if time.monotonic() > end:
@@ -497,7 +557,7 @@ def run_all(
     seeds=(0,),
     scale: str = "smoke",
     out=None,  # folder of records; `runs_folder(scale)` if None
-    budget=None,  # a duration for all of it, like "25m"; None: no limit
+    budget=None,  # a duration for all of it, like "25m", at least a step; None: no limit
     device=None,  # None: cuda where there is one and the scale is gpu or paper
     jobs: int = 1,  # processes, from 2 on with one thread each; on a cluster, runs at a time
     fresh: bool = False,  # run again what is done
@@ -512,6 +572,11 @@ def run_all(
 ) -> list[dict]:
     "The records of methods times seeds: found, or trained within the time."
     check_whole("jobs", jobs)
+    check_whole("monitor_every", monitor_every, at_least=0)
+    check_number("checkpoint_seconds", checkpoint_seconds, at_least=0)
+    _check_folder("out", out)
+    _check_folder("checkpoints", checkpoints)
+    seeds = [check_seed(seed) for seed in seeds]
     deadline = None if budget is None else time.monotonic() + parse_duration(budget)
     benchmark = get_benchmark(benchmark)
     methods = [methods] if isinstance(methods, str) else list(methods)
@@ -538,8 +603,10 @@ def run_all(
         progress=progress,
     )
 
-    all_are_recorded = all(run.record for run in runs)
-    if all_are_recorded or (jobs == 1 and cluster is None):
+    if all(run.record for run in runs):
+        return [_found(run.record) for run in runs]
+    _check_writable(out)
+    if jobs == 1 and cluster is None:
         return _run_here(runs, sweep)
     if not benchmark_module(benchmark.name):
         raise ValueError(
@@ -550,15 +617,37 @@ def run_all(
         return _run_cluster(runs, sweep, cluster, jobs)
     return _run_jobs(runs, sweep, jobs)
 
+
+def _check_folder(name: str, folder):
+    "An empty text would be the working directory, which nobody means."
+    if folder is not None and not str(folder).strip():
+        raise ValueError(f"{name} is empty: name a folder, or leave it out")
+
+
+def _check_writable(folder: Path):
+    "Raise OSError, before anything is trained or made, where no record can be written."
+    folder = folder.absolute()
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        message = f"records cannot be written to {folder}: {error.strerror or error}"
+        raise OSError(error.errno, message) from error
+
 # %% ../../nbs/10_experiments/12_run.ipynb #230fed31
 def run_table(records: list[dict]) -> str:
     "A line a run: method, seed, what became of it, steps."
     rows = [("method", "seed", "status", "steps now", "reason")]
+    long_reasons = []
     for record in records:
+        label = label_of(record)
         seed = str(record["config"]["seed"])
-        reason = (record.get("reason") or "")[:60]
-        rows.append((label_of(record), seed, record["status"], str(record["steps_now"]), reason))
-    return text_table(rows)
+        reason = record.get("reason") or ""
+        rows.append((label, seed, record["status"], str(record["steps_now"]), reason[:60]))
+        if len(reason) > 60:
+            long_reasons.append(f"{label} seed {seed}: {reason}")
+    return "\n".join([text_table(rows), *long_reasons])
 
 # %% ../../nbs/10_experiments/12_run.ipynb #c4117427
 def _parser() -> argparse.ArgumentParser:
@@ -572,7 +661,11 @@ def _parser() -> argparse.ArgumentParser:
         help="names separated by commas, settings in parentheses as in "
         f"'DB-MTL(beta=0.1;alpha=mean)': STL, {', '.join(method_names())}",
     )
-    option("--seeds", default="0", help="numbers separated by commas (default: 0)")
+    option(
+        "--seeds",
+        default="0",
+        help="whole numbers from 0 and below 2**32, separated by commas (default: 0)",
+    )
     option(
         "--scale",
         default="smoke",
@@ -581,14 +674,15 @@ def _parser() -> argparse.ArgumentParser:
     option(
         "--budget",
         type=_argument(parse_duration),
-        help="stop at a checkpoint after this time: 90s, 25m, 1h30m",
+        help="stop at a checkpoint after this time, 90s, 25m, 1h30m, and after a step at least",
     )
     option("--out", help="folder of the records (figures/runs, or out/smoke/runs at smoke scale)")
     option(
         "--jobs",
-        type=_argument(_processes),
+        type=_argument(_whole("jobs", 1)),
         default=1,
-        help="processes; from 2 on each has one thread",
+        help="processes; from 2 on each has one thread; "
+        "a run that loses its process is tried once more",
     )
     option(
         "--cluster",
@@ -598,7 +692,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     option("--device", help="cpu or cuda")
     option("--checkpoints", help="folder of the checkpoints (OUT/checkpoints)")
-    option("--checkpoint-seconds", type=float, default=60.0, help="time between two checkpoints")
+    option(
+        "--checkpoint-seconds",
+        type=float,
+        default=60.0,
+        help="time between two checkpoints (default: 60)",
+    )
     option("--fresh", action="store_true", help="run again what is done")
     option(
         "--hyper",
@@ -608,9 +707,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     option(
         "--monitor-every",
-        type=int,
+        type=_argument(_whole("monitor-every", 0)),
         default=0,
-        help="steps between two looks at the raw task gradients",
+        help="steps between two looks at the raw task gradients (0, the default: none)",
     )
     option("--report", help=argparse.SUPPRESS)
     option("--parent", type=int, help=argparse.SUPPRESS)
@@ -620,13 +719,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def _seeds(text: str) -> list[int]:
     try:
-        return [int(seed) for seed in text.split(",")]
+        seeds = [int(seed) for seed in text.split(",")]
     except ValueError:
-        raise ValueError(f"--seeds takes whole numbers separated by commas, not {text!r}") from None
+        raise ValueError(
+            f"--seeds takes whole numbers separated by commas, not {text[:80]!r}"
+        ) from None
+    return [check_seed(seed) for seed in seeds]
 
 
-def _processes(text: str) -> int:
-    return check_whole("jobs", int(text) if text.isdecimal() else text)
+def _whole(name: str, at_least: int):
+    "A parser of a whole number."
+
+    def parsed(text: str) -> int:
+        is_number = text.lstrip("-").isdecimal()
+        return check_whole(name, int(text) if is_number else text, at_least)
+
+    return parsed
 
 
 def _argument(parse):
@@ -643,8 +751,12 @@ def _argument(parse):
 # %% ../../nbs/10_experiments/12_run.ipynb #2a509a9f
 def main(
     argv=None,
-) -> int:  # 0; 1 if a method failed; 2 for wrong options or missing data; 130 after Ctrl-C
-    "Train the pending runs of a benchmark within the time given, and say what there is."
+) -> int:  # 0; 1 if a run failed or was lost; 2 for wrong options or files; 130 after Ctrl-C
+    """Train the pending runs of a benchmark within the time given, and say what there is.
+
+    The exit code is 0; 1 if a run failed or was lost; 2 for wrong options, for missing or damaged
+    data, and where nothing can be written; 130 after Ctrl-C.
+    """
     parser = _parser()
     given = parser.parse_args(argv)
     is_child = bool(given.parent)
@@ -656,19 +768,19 @@ def main(
             options = _options(given)
         except (ValueError, RuntimeError) as error:
             parser.error(str(error))
-        except (FileNotFoundError, ImportError) as error:
-            parser.exit(2, f"{parser.prog}: error: {error}\n")
+        except (OSError, ImportError) as error:
+            parser.exit(_WRONG_OPTIONS, f"{parser.prog}: error: {error}\n")
         try:
             records = run_all(**options, stop=stop, progress=False if is_child else None)
-        except (FileNotFoundError, ImportError, ConnectionError) as error:
-            parser.exit(2, f"{parser.prog}: error: {error}\n")
+        except (OSError, ImportError, DamagedStore) as error:
+            parser.exit(_WRONG_OPTIONS, f"{parser.prog}: error: {error}\n")
         was_stopped = stop()
     if given.report:
         _write_report(given.report, records[0])
     print(run_table(records), given.out or runs_folder(given.scale), sep="\n")
     if was_stopped:
         return 130
-    return int(any(record["state"] == "failed" for record in records))
+    return int(any(record["state"] in ("failed", "lost") for record in records))
 
 
 def _options(given) -> dict:
@@ -676,6 +788,9 @@ def _options(given) -> dict:
     options = vars(given).copy()
     for name in ("report", "parent"):
         del options[name]
+    _check_folder("--out", given.out)
+    _check_folder("--checkpoints", given.checkpoints)
+    check_number("--checkpoint-seconds", given.checkpoint_seconds, at_least=0)
     benchmark = get_benchmark(given.benchmark)
     options["benchmark"] = benchmark
     options["methods"] = split_methods(given.methods)

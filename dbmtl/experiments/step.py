@@ -108,27 +108,37 @@ def evaluate(
     split,  # a split, {task: split}, or None
     batch_size: int,
 ) -> dict | None:  # {task: {metric: value}}; None without a split
-    "The metrics of a whole split; the model is left in the mode it was in."
+    "The metrics of a whole split; every module of the model is left in the mode it was in."
     if split is None:
         return None
     meters = {task.name: task.meter() for task in tasks}
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    if isinstance(split, dict):
-        for task in tasks:
-            part = split[task.name]
-            for index in torch.arange(len(part), device=device).split(batch_size):
-                inputs, targets = part.batch(index)
-                meters[task.name].update(model(inputs, task.name), targets[task.name])
-    else:
-        for index in torch.arange(len(split), device=device).split(batch_size):
-            inputs, targets = split.batch(index)
-            predictions = model(inputs)
+    with _in_evaluation_mode(model):
+        if isinstance(split, dict):
             for task in tasks:
-                meters[task.name].update(predictions[task.name], targets[task.name])
-    model.train(was_training)
+                part = split[task.name]
+                for index in torch.arange(len(part), device=device).split(batch_size):
+                    inputs, targets = part.batch(index)
+                    meters[task.name].update(model(inputs, task.name), targets[task.name])
+        else:
+            for index in torch.arange(len(split), device=device).split(batch_size):
+                inputs, targets = split.batch(index)
+                predictions = model(inputs)
+                for task in tasks:
+                    meters[task.name].update(predictions[task.name], targets[task.name])
     return {name: meter.compute() for name, meter in meters.items()}
+
+
+@contextlib.contextmanager
+def _in_evaluation_mode(model):
+    "A frozen part of a model in training stays in evaluation mode afterwards, also after an error."
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in modes.items():
+            module.training = was_training
 
 # %% ../../nbs/10_experiments/08_step.ipynb #cceb4b44
 def gradient_monitor(

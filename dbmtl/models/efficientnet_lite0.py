@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from ..core.files import cache_folder, write_atomically
 from ..core.progress import progress_bar
-from ..data.image_store import Store
+from ..data.image_store import Store, is_intact
 
 # %% ../../nbs/08_models/06_efficientnet_lite0.ipynb #987e09ff
 class SameConv(nn.Conv2d):
@@ -216,12 +217,28 @@ def lite0_features(
     "The features of the frozen pretrained Lite0, from the cache or computed into it."
     key = hashlib.sha256(f"{store.hash} {LITE0_SHA256}".encode()).hexdigest()[:32]
     path = cache_folder() / "lite0" / f"{key}.npy"
-    if not path.exists():
+    if not _is_whole(path):
         network = load_lite0(Lite0())
         batch_size = 4 if torch.device(device).type == "cpu" else 64
         rows = pooled_features(network, store.arrays["image"], device, batch_size, progress)
         content = io.BytesIO()
         np.save(content, rows.numpy())
         write_atomically(path, content.getvalue())
+        digest = hashlib.sha256(content.getvalue()).hexdigest()
+        write_atomically(_hash_path(path), digest.encode())
     # torch takes writable arrays only; "c" leaves the file alone
     return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def _hash_path(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _is_whole(path: Path) -> bool:
+    "Are there features, undamaged? Those that were stored before there were hashes count as such."
+    if not path.exists():
+        return False
+    if not _hash_path(path).exists() or is_intact(path, _hash_path(path).read_text()):
+        return True
+    warnings.warn(f"{path} is damaged: its features are computed again", stacklevel=3)
+    return False
