@@ -14,7 +14,7 @@ def _wide(tensors: list[Tensor]) -> torch.dtype:
     "float64 for float64 tensors, else float32: the dtype in which lengths are safe."
     return torch.float64 if any(g.dtype == torch.float64 for g in tensors) else torch.float32
 
-# %% ../../nbs/01_core/04_gramian.ipynb #8f1c260f
+
 def _is_safe(lengths: Tensor) -> Tensor:  # bool, of the same shape
     "Where float32 has neither overflowed nor lost digits to underflow."
     return (lengths > 1e-15) & lengths.isfinite()

@@ -632,3 +632,23 @@ def test_one_of_two_scales_that_was_forgotten_is_counted():
         forgotten += 0.1
     watch.look([moving, forgotten], [weight])
     assert watch.is_over
+
+
+def test_a_balancer_that_loads_its_state_after_a_conversion_goes_on():
+    """The state takes the type that the parameters have now; what was noted before is forgotten."""
+    model = net().float()
+
+    def losses(dtype):
+        z = model["trunk"](torch.ones(6, 4, dtype=dtype))
+        return [head(z).square().mean() + 0.1 for head in model["heads"]]
+
+    balancer = DBMTL(shared=model["trunk"], num_tasks=3)
+    balancer.backward(losses(torch.float32))
+    state = balancer.state_dict()
+    model.double()
+    with pytest.raises(RuntimeError, match="make a balancer and load its state"):
+        balancer.backward(losses(torch.float64))
+    balancer.load_state_dict(state)
+    model.zero_grad()
+    balancer.backward(losses(torch.float64))
+    assert {g.dtype for row in balancer.ema.rows.values() for g in row.values()} == {torch.float64}
