@@ -89,16 +89,14 @@ class FAMO(Transform):
         memory = self.memory
         z = memory["w"].softmax(0)
         gradient = z * (delta - z @ delta) + self.gamma * memory["w"]
-        memory["looks"] += 1
+        first = memory["mean"].clone()  # what is remembered is replaced, never changed in place
+        second = memory["square"].clone()
+        looks = memory["looks"] + 1
         [mean], [root] = adam_moments(
-            [gradient],
-            [memory["mean"]],
-            [memory["square"]],
-            [memory["looks"]],
-            weights=(0.1, 0.001),
-            interpolate=True,
+            [gradient], [first], [second], [looks], weights=(0.1, 0.001), interpolate=True
         )
-        memory["w"] = memory["w"] - self.w_lr * mean / (root + 1e-8)
+        w = memory["w"] - self.w_lr * mean / (root + 1e-8)
+        self.memory = memory | {"w": w, "mean": first, "square": second, "looks": looks}
 
     def extra_repr(self) -> str:
         return (

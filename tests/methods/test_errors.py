@@ -5,12 +5,14 @@ import warnings
 
 import pytest
 import torch
-from helpers.methods import BASES, FEATURES, Net, base, every_base, follow, make, same, step
+from helpers.methods import BASES, EPOCHS, FEATURES, Net, base, every_base, follow, make, same, step
 from torch import nn
 
 from dbmtl import DBMTL, make_balancer
 from dbmtl.core import balancer as balancer_module
+from dbmtl.core.adam import adam_moments
 from dbmtl.core.grad_scale import PendingGradients
+from dbmtl.loss_balancing import famo
 
 WEIGHS_LOSSES = {  # one ordinary backward pass, in which torch writes `.grad` itself
     "EW", "LS", "GLS", "RLW", "DWA", "UW", "IMTL-L", "IGBv2", "FAMO", "STCH", "UW-SO", "loss-only",
@@ -102,26 +104,32 @@ def test_a_step_that_fails_leaves_everything_as_it_was(name, place):
     assert same(continued(name, range(4), failing=1, change=PLACES[place]), expected)
 
 
+def memories(balancer):
+    """What each part remembers: the very tensors, and copies of them."""
+    parts = [*balancer.transform.modules(), *balancer.aggregator.modules()]
+    return [
+        (dict(part.memory), copy.deepcopy(part.memory)) for part in parts if hasattr(part, "memory")
+    ]
+
+
+def assert_untouched(noted):
+    for remembered, before in noted:
+        remembered.pop("replay", None)  # IGBv2 writes a row that was not in use
+        before.pop("replay", None)
+        assert same(tensors(remembered), tensors(before))
+
+
 @every_base
-def test_a_step_never_changes_in_place_what_is_remembered(name):
+def test_what_is_remembered_is_replaced_and_never_changed_in_place(name):
     model = Net()
     balancer = make(name, model)
-    for seed in range(3):
+    for seed in range(4):
+        noted = memories(balancer)
         step(balancer, model, seed)
+        assert_untouched(noted)
+        noted = memories(balancer)
         follow(balancer, model, seed)
-        memories = [
-            (part.memory, copy.deepcopy(part.memory))
-            for module in (balancer.transform, balancer.aggregator)
-            for part in module.modules()
-            if hasattr(part, "memory")
-        ]
-        shallow = [(dict(memory), before) for memory, before in memories]
-        step(balancer, model, 9)
-        for remembered, before in shallow:
-            remembered.pop("replay", None)  # IGBv2 writes a row that was not in use
-            before.pop("replay", None)
-            assert same(tensors(remembered), tensors(before))
-        follow(balancer, model, 9)
+        assert_untouched(noted)
 
 
 def tensors(memory):
@@ -186,15 +194,54 @@ def test_micro_batches_are_held_whole_or_not_at_all(grads):
     assert same(finished(True), finished(False))
 
 
-def test_an_error_after_the_step_of_an_epoch_or_a_second_look_changes_nothing():
+def test_an_error_in_a_second_look_changes_nothing(monkeypatch):
     model = Net()
     balancer = make("FAMO", model)
     step(balancer, model)
     before = balancer.state_dict()
-    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Failure):
-        monkeypatch.setattr(torch.Tensor, "softmax", fail)
+
+    def update_and_fail(*arguments, **options):
+        adam_moments(*arguments, **options)
+        fail()
+
+    with monkeypatch.context() as patched, pytest.raises(Failure):
+        patched.setattr(famo, "adam_moments", update_and_fail)
         balancer.after_step(model.losses(model.features(1)))
     assert same(balancer.state_dict(), before)
+    with monkeypatch.context() as patched, pytest.raises(Failure):
+        patched.setattr(famo.FAMO, "_move_w", look_and_fail)
+        balancer.after_step(model.losses(model.features(1)))
+    assert same(balancer.state_dict(), before)
+
+
+def look_and_fail(method, delta):
+    method.memory["looks"] += 1
+    fail()
+
+
+@pytest.mark.parametrize("name", sorted(EPOCHS))
+def test_an_error_at_the_end_of_an_epoch_changes_nothing(name, monkeypatch):
+    model = Net()
+    balancer = make(name, model)
+    step(balancer, model)
+    before = balancer.state_dict()
+    with pytest.raises(ValueError, match="expected 3 losses"):
+        balancer.end_epoch([1.0, 2.0])
+    assert same(balancer.state_dict(), before)
+    monkeypatch.setattr(balancer.aggregator, "end_epoch", fail)
+    with pytest.raises(Failure):
+        balancer.end_epoch([1.0, 2.0, 3.0])
+    assert same(balancer.state_dict(), before)
+
+
+def test_a_hook_that_fails_does_not_undo_the_step():
+    model = Net()
+    balancer = make("DB-MTL", model)
+    model.trunk[0].register_post_accumulate_grad_hook(fail)
+    with pytest.raises(Failure):
+        step(balancer, model)
+    assert balancer.step == 1 and set(balancer.ema.rows) == {0, 1, 2}
+    assert all(p.grad is not None for p in model.parameters())
 
 
 # ------------------------------------------------------------------------------------------- hooks
