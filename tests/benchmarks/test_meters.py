@@ -45,5 +45,6 @@ def test_accuracy_meter_counts_over_unequal_batches():
 
 
 def test_meters_without_samples_answer_zero():
-    assert MeanAbsoluteError().compute() == {"MAE": 0}
-    assert Accuracy("accuracy").compute() == {"accuracy": 0}
+    with pytest.warns(UserWarning, match="before the ``update`` method"):
+        assert MeanAbsoluteError().compute() == {"MAE": 0}
+        assert Accuracy("accuracy").compute() == {"accuracy": 0}

@@ -28,6 +28,8 @@ HEAVY = [
     "seaborn",
     "scipy",
     "pandas",
+    "tabulate",
+    "torchmetrics",
     "tqdm",
     "nbdev",
     "fastcore",
@@ -189,7 +191,7 @@ def test_package_every_public_name_needs_torch_and_numpy_only():
 def test_package_requirements():
     assert sorted(PROJECT["dependencies"]) == ["numpy", "torch>=2.7"]
     assert PROJECT["requires-python"] == ">=3.11"
-    assert {"qm9", "notebooks", "dev"} <= set(PROJECT["optional-dependencies"])
+    assert {"qm9", "lab", "notebooks", "dev"} <= set(PROJECT["optional-dependencies"])
 
 
 def test_package_constraints_are_exact_and_cover_what_the_project_names():
