@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import Metric, Task
-from .meters import check_same_shape
+from .meters import Meter, check_same_shape
 from ..core.checks import unknown_name
 from ..data.raycast import VOID
 
@@ -65,12 +65,21 @@ def normal_loss(
     return ((count - cosine.sum()) / count.clamp_min(1)).clamp_min(0)
 
 # %% ../../nbs/09_benchmarks/05_dense_prediction.ipynb #dbc15f10
-class SegmentationMeter:
+class SegmentationMeter(Meter):
     "Streaming mIoU and pixel accuracy in percent, of all labeled pixels of a split."
 
-    def __init__(self, classes: int):
+    higher_is_better = True
+
+    def __init__(
+        self,
+        classes: int,  # C
+        **options,  # of `torchmetrics.Metric`
+    ):
+        super().__init__(**options)
         self.classes = classes
-        self.counts = None  # of the cells of the matrix, then void, then labels that are no class
+        # pixels of the cells of the matrix, then void ones, then those whose label is no class
+        zeros = torch.zeros(classes**2 + 2, dtype=torch.int64)
+        self.add_state("counts", zeros, dist_reduce_fx="sum")
 
     def update(
         self,
@@ -82,17 +91,16 @@ class SegmentationMeter:
                 f"prediction has {prediction.shape[1]} channels, the meter {self.classes} classes"
             )
         check_same_shape(prediction[:, 0], target)
+        self.follow(prediction)
         target = target.long()
         predicted = prediction.max(dim=1).indices  # argmax is three times slower on a CPU
         cell = target * self.classes + predicted
         is_class = (target >= 0) & (target < self.classes)
         num_cells = self.classes**2
         cell = cell.where(is_class, num_cells + (target != VOID).long())
-        self.counts = _add_histogram(self.counts, cell, num_cells + 2)
+        self.counts = _add_histogram(self.counts, cell)
 
     def compute(self) -> dict:
-        if self.counts is None:
-            return {"mIoU": math.nan, "PAcc": math.nan}
         *cells, void, wrong = self.counts.tolist()
         if wrong:
             raise ValueError(
@@ -104,24 +112,27 @@ class SegmentationMeter:
         return {"mIoU": 100 * float(iou.nanmean()), "PAcc": 100 * float(right.sum() / K.sum())}
 
 
-def _add_histogram(counts, cell, size):
-    "Add a histogram of cell numbers to counts, on the device and without a host read."
-    if counts is None:
-        counts = torch.zeros(size, dtype=torch.int64, device=cell.device)
+def _add_histogram(counts, cell):
+    "Counts and a histogram of cell numbers, on the device and without a host read."
     cell = cell.flatten()
-    return counts.scatter_add_(0, cell, cell.new_ones(()).expand(cell.shape))
+    return counts.scatter_add(0, cell, cell.new_ones(()).expand(cell.shape))
 
 # %% ../../nbs/09_benchmarks/05_dense_prediction.ipynb #1a0cbce1
-class DepthMeter:
+class DepthMeter(Meter):
     "Streaming mean absolute and relative error over the valid pixels of a split."
+
+    higher_is_better = False
 
     def __init__(
         self,
         relative_factor: float = 1.0,  # of RErr: 1 as in the paper, 100 for percent
+        **options,  # of `torchmetrics.Metric`
     ):
+        super().__init__(**options)
         self.relative_factor = relative_factor
-        self.count = 0
-        self.sums = 0.0  # absolute, relative
+        # of the absolute and of the relative error
+        self.add_state("sums", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(
         self,
@@ -129,6 +140,7 @@ class DepthMeter:
         target: Tensor,  # [B, 1, H, W], 0: invalid
     ):
         check_same_shape(prediction, target)
+        self.follow(prediction)
         valid = target != 0
         error = (_wide(prediction).where(valid, target) - target).abs()
         relative = error / target.where(valid, target.new_ones(()))
@@ -160,16 +172,23 @@ def angle_degrees(
     return half * (360 / math.pi)
 
 # %% ../../nbs/09_benchmarks/05_dense_prediction.ipynb #156aecae
-class NormalMeter:
+class NormalMeter(Meter):
     "Streaming mean and median angle, and shares of small angles in percent, of valid pixels."
 
     bins = 1000  # a degree, for the median
     limits = (11.25, 22.5, 30.0)  # degrees
 
-    def __init__(self):
-        self.counts = None  # of the bins, then of the invalid pixels
-        self.total = 0.0
-        self.within = 0
+    def __init__(
+        self,
+        **options,  # of `torchmetrics.Metric`
+    ):
+        super().__init__(**options)
+        # pixels of the bins, then invalid ones
+        bins = torch.zeros(180 * self.bins + 1, dtype=torch.int64)
+        within = torch.zeros(len(self.limits), dtype=torch.int64)
+        self.add_state("counts", bins, dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("within", within, dist_reduce_fx="sum")
 
     def update(
         self,
@@ -177,6 +196,7 @@ class NormalMeter:
         target: Tensor,  # [B, 3, H, W] unit vectors, zero: invalid
     ):
         angle = angle_degrees(prediction, target)
+        self.follow(prediction)
         n = target.unbind(1)
         valid = _dot(n, n) > 0
         self.total = self.total + angle.where(valid, angle.new_zeros(())).sum(dtype=torch.float64)
@@ -185,11 +205,11 @@ class NormalMeter:
         num_bins = 180 * self.bins
         bin_number = (angle.nan_to_num(0.0) * self.bins).clamp_max(num_bins - 1).long()
         cell = bin_number.where(valid, num_bins)
-        self.counts = _add_histogram(self.counts, cell, num_bins + 1)
+        self.counts = _add_histogram(self.counts, cell)
 
     def compute(self) -> dict:
         names = ["Mean", "Median", *(f"W{limit:g}" for limit in self.limits)]
-        count = 0 if self.counts is None else int(self.counts[:-1].sum())
+        count = int(self.counts[:-1].sum())
         if count == 0 or not math.isfinite(float(self.total)):
             return dict.fromkeys(names, math.nan)
         shares = [100 * n / count for n in self.within.tolist()]
@@ -266,7 +286,9 @@ def constant_predictions(
 
 
 _SUMMARIES = {  # of a batch of targets; they add up
-    "segmentation": lambda label: _add_histogram(None, label.long(), VOID + 1),
+    "segmentation": lambda label: _add_histogram(
+        torch.zeros(VOID + 1, dtype=torch.int64, device=label.device), label.long()
+    ),
     "depth": lambda depth: torch.stack([depth.sum(dtype=torch.float64), (depth != 0).sum()]),
     "normal": lambda normal: normal.sum(dim=(0, 2, 3), dtype=torch.float64),
 }
