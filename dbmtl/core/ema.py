@@ -80,7 +80,7 @@ class EMA:
         positions: list[int],  # of the P tensors among the shared parameters
         lengths: Tensor,  # [T] norms of the rows
     ) -> dict:  # {task: {position: average}}
-        "What to keep of these rows: no gradient that is not finite. Off the CPU this has never run."
+        "What to keep of these rows: nothing that is not finite. Off the CPU this has never run."
         averages = {}
         for t, row in enumerate(rows):
             is_finite = lengths[t].isfinite()

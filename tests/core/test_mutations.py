@@ -78,7 +78,7 @@ def test_nash_mtl_between_its_updates_with_a_scaler_and_a_longest_direction():
 
 
 def test_an_average_keeps_its_parameter_through_freezing_and_thawing():
-    """The second of three parameters is frozen for a step: it has no average then, the others go on."""
+    """The second of three parameters is frozen for a step and has no average then."""
     weights = [nn.Parameter(torch.tensor([float(i + 1)], dtype=F64)) for i in range(3)]
     balancer = Balancer(
         Identity(), make_balancer("EW", shared=weights, num_tasks=2).aggregator, shared=weights,
