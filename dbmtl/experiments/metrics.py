@@ -105,27 +105,21 @@ def worst_task(
     task = min(per_task, key=per_task.get)
     return task, per_task[task]
 
-# %% ../../nbs/10_experiments/01_metrics.ipynb #e2468918
-def _ranks(values, better):
-    "Ranks from 1, best first; equal values get the mean of the ranks they cover."
-    ranks = []
-    for value in values:
-        ahead = sum(other > value if better == "up" else other < value for other in values)
-        ranks.append(ahead + (values.count(value) + 1) / 2)
-    return ranks
-
 # %% ../../nbs/10_experiments/01_metrics.ipynb #aa060d91
 def mean_rank(
     table: dict,  # method -> task -> {metric: value}
     directions: dict,  # task -> {metric: "up" or "down"}
 ) -> dict:  # method -> mean rank, 1 is best
     "Mean rank of every method over all metrics."
+    from scipy.stats import rankdata  # an extra, which training does without
+
     for method, results in table.items():
         check_results(results, directions, f"results of {method}")
     ranks = {method: [] for method in table}
     for task, metrics in directions.items():
         for metric, better in metrics.items():
-            values = [results[task][metric] for results in table.values()]
-            for method, rank in zip(table, _ranks(values, better), strict=True):
+            sign = -1 if better == "up" else 1
+            values = [sign * results[task][metric] for results in table.values()]
+            for method, rank in zip(table, rankdata(values).tolist(), strict=True):
                 ranks[method].append(rank)
     return {method: sum(of_metrics) / len(of_metrics) for method, of_metrics in ranks.items()}
