@@ -162,21 +162,25 @@ def task_gains_by_seed(
     baseline: str = "STL",
     protocol: str = "best",
 ) -> dict:  # {method: {seed: {task: percent}}}
-    "Improvement of every trained task over the baseline's mean; tasks at their floor are left out."
+    """Improvement of every trained task over the baseline's run of the same seed.
+
+    Tasks at their floor and seeds that the baseline lacks are left out.
+    """
     results = results_by_seed(groups, protocol)
     poor = untrained(groups, protocol)
-    if baseline not in results:
-        return {}
-    base = mean_results(results[baseline])
+    base = results.get(baseline, {})
     gains = {}
     for name, runs in results.items():
         at_floor = {*poor.get(name, []), *poor.get(baseline, [])}
         directions = next(iter(groups[name].values()))["directions"]
         trained = {task: ways for task, ways in directions.items() if task not in at_floor}
-        if trained:
+        common = [seed for seed in runs if seed in base]
+        if trained and common:
             gains[name] = {
-                seed: delta_p_per_task(_only(run, trained), _only(base, trained), trained)
-                for seed, run in runs.items()
+                seed: delta_p_per_task(
+                    _only(runs[seed], trained), _only(base[seed], trained), trained
+                )
+                for seed in common
             }
     return gains
 
@@ -220,17 +224,22 @@ def delta_p_by_seed(
     protocol: str = "best",
     score=delta_p,  # or `metrics.delta_m`, the Nash-MTL paper's metric average
 ) -> dict:  # {method: {seed: percent}}; methods with an untrained task are not in it
-    "Delta_p of every run against the baseline's mean."
+    "Delta_p of every run over the baseline's run of the same seed."
     results = results_by_seed(groups, protocol)
     usable = [name for name in results if not why_missing(groups, name, baseline, protocol)]
     if not usable:
         return {}
-    base = mean_results(results[baseline])
+    base = results[baseline]
     directions = next(iter(groups[baseline].values()))["directions"]
-    return {
-        name: {seed: score(run, base, directions) for seed, run in results[name].items()}
+    scores = {
+        name: {
+            seed: score(run, base[seed], directions)
+            for seed, run in results[name].items()
+            if seed in base
+        }
         for name in usable
     }
+    return {name: runs for name, runs in scores.items() if runs}
 
 # %% ../../nbs/11_report/03_comparison.ipynb #008fe529
 def worst_tasks(

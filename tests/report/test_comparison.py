@@ -86,12 +86,15 @@ def test_report_delta_p_by_hand():
     assert worst_tasks(found)["EW"] == ("a", pytest.approx(-25.0))
 
 
-def test_report_baseline_is_the_mean_over_seeds():
+def test_report_every_run_is_compared_with_the_baselines_run_of_its_seed():
     found = group_records(
         [record("STL", 0, a=0.5), record("STL", 1, a=1.5), record("EW", 0, a=0.9)]
     )
-    assert task_gains_by_seed(found)["EW"][0]["a"] == pytest.approx(10.0)
-    assert sum(delta_p_by_seed(found)["STL"].values()) == pytest.approx(0.0)
+    assert task_gains_by_seed(found)["EW"][0]["a"] == pytest.approx(-80.0)
+    assert delta_p_by_seed(found)["STL"] == {0: 0.0, 1: 0.0}
+    without = group_records([record("STL", 0), record("EW", 0), record("EW", 1)])
+    assert list(delta_p_by_seed(without)["EW"]) == [0]  # seed 1 has no baseline
+    assert "EW" not in delta_p_by_seed(group_records([record("STL", 0), record("EW", 1)]))
 
 
 def test_report_a_task_at_its_floor_takes_delta_p_and_verdict_away():

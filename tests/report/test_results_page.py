@@ -153,11 +153,14 @@ def test_pages_ask_checks_that_runs_were_made(monkeypatch, change, budget, messa
 
 def test_pages_improvements_by_hand():
     gains = {"segmentation": 6.0, "depth": 3.0, "normal": -3.0}
-    page = page_of("nyuv2", *(record("nyuv2", "EW", seed, gains=gains) for seed in (0, 1)))
+    runs = [record("nyuv2", "EW", seed, gains=gains) for seed in (0, 1)]
+    page = page_of("nyuv2", *runs, stl=2)
     assert page.gains["EW"][1] == pytest.approx(gains) and page.gain["EW"] == pytest.approx(
         {0: 2.0, 1: 2.0}
     )
-    assert page.gain["STL"] == {0: 0.0} and page.tasks == list(gains) and page.scale == "cpu"
+    assert (
+        page.gain["STL"] == {0: 0.0, 1: 0.0} and page.tasks == list(gains) and page.scale == "cpu"
+    )
     (row,) = rows_of(page, method="EW")
     assert row["delta_p"] == Interval(pytest.approx(2.0), pytest.approx(2.0), pytest.approx(2.0), 2)
     assert row["worst task"] == "normal (-3 %)" and row["mean rank"] == 1
@@ -426,9 +429,8 @@ def test_pages_picture_shows_printed_values_below_and_marks_what_is_missing():
 
 
 def test_pages_gain_rows_are_the_bars():
-    page = page_of(
-        "nyuv2", *(record("nyuv2", "EW", seed, gain=2.0) for seed in (0, 1)), paper="nyuv2"
-    )
+    runs = [record("nyuv2", "EW", seed, gain=2.0) for seed in (0, 1)]
+    page = page_of("nyuv2", *runs, stl=2, paper="nyuv2")
     rows = gain_rows(page)
     ours = [row for row in rows if row["source"] == "ours"]
     assert len(ours) == 8 and {row["seed"] for row in ours} == {0, 1}

@@ -37,7 +37,10 @@ def record(benchmark, method, seed, gain, scale="cpu", **changes):
         "state": "finished",
         "steps": 20,
         "directions": directions,
-        "selected": {"best validation epoch": {"test": test}},
+        "selected": {
+            "best validation epoch": {"test": test},
+            "average of the last ten epochs": {"test": test},
+        },
         "floors": {"test": floors},
         "curves": {"epochs": [1, 2], "train": dict.fromkeys(directions, [2.0, 1.0])},
     } | changes
@@ -145,10 +148,13 @@ def test_several_curves_stand_above_an_empty_panel(pages):
 def test_several_difference_rows_are_delta_p_and_every_task():
     rows = difference_rows(page(EW=[1, 1, 1], **{"DB_MTL": [3, 4, 5]}))
     assert [row["DB-MTL - EW"] for row in rows] == ["delta_p", "amazon", "dslr", "webcam"]
-    assert rows[0]["ours"].mean == pytest.approx(3) and rows[0]["verdict"] == "same sign"
-    assert rows[1]["ours"].mean == pytest.approx(3) and "verdict" not in rows[1]
+    ours = "ours, best epoch"
+    assert rows[0][ours].mean == pytest.approx(3)
+    assert rows[0]["ours, last ten epochs"] == rows[0][ours]
+    assert rows[0]["verdict"] == "same sign, another size"
+    assert rows[1][ours].mean == pytest.approx(3) and "verdict" not in rows[1]
     missing = difference_rows(page(EW=[1, 1, 1]))
-    assert missing[1]["ours"] == "DB-MTL not run" and missing[0]["verdict"] == "not run"
+    assert missing[1][ours] == "DB-MTL not run" and missing[0]["verdict"] == "not run"
 
 
 def test_several_smoke_figures_go_to_their_own_folder(tmp_path, monkeypatch):
