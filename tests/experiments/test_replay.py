@@ -1,7 +1,9 @@
 """Replays: exact, close or different, what cannot be run, and the file beside the records."""
 
+import contextlib
 import copy
 import json
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -300,6 +302,37 @@ def test_two_processes_find_the_same(runs):
     assert len(replays) == 4 and replays_path(runs).read_bytes() == content
     with pytest.raises(ValueError, match="jobs must be a whole number from 1"):
         replay_all([], runs, jobs=0)
+
+
+@pytest.mark.full
+def test_a_killed_process_is_told_and_the_others_are_replayed(runs, monkeypatch, capsys):
+    train("toy", "EW", seed=1, out=runs)  # the third group, for two processes
+    killed = []
+
+    @contextlib.contextmanager
+    def kill_one_process():
+        def stop():
+            for child in multiprocessing.active_children()[: 1 - len(killed)]:
+                killed.append(child)
+                child.kill()
+            return False
+
+        yield stop
+
+    monkeypatch.setattr(lab, "until_signal", kill_one_process)
+    assert main(["--runs", str(runs), "--jobs", "2"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    for benchmark in ("toy", "toy-multi"):
+        for method in ("EW", "STL"):
+            sentence = f"{benchmark} smoke {method} seed 0 was not run: a process was killed"
+            assert sum(line.startswith(sentence) for line in lines) == 1, lines
+
+    # Nothing is stored of what was lost, so that `--missing` replays it.
+    (found,) = read_replays(runs).values()
+    assert found["outcome"] == "exact" and len(killed) == 1
+    monkeypatch.undo()
+    assert main(["--runs", str(runs), "--missing"]) == 0
+    assert [found["outcome"] for found in read_replays(runs).values()] == ["exact"] * 5
 
 
 def test_data_are_loaded_once_for_records_that_share_them(runs, monkeypatch):
