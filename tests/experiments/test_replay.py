@@ -72,6 +72,20 @@ def test_a_replay_leaves_threads_and_random_state_alone(record):
     assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads() == threads
 
 
+def test_a_replay_has_as_many_threads_as_its_record(record, monkeypatch):
+    threads = []
+    plain = lab.run_of
+
+    def seen(*arguments):
+        threads.append(torch.get_num_threads())
+        return plain(*arguments)
+
+    monkeypatch.setattr(lab, "run_of", seen)
+    for count in (1, 2):
+        replay(record | {"threads": count})
+    assert threads == [1, 2]
+
+
 def tampered(record, change):
     other = copy.deepcopy(record)
     change(other)
@@ -360,6 +374,29 @@ def test_what_could_not_be_replayed_does_not_replace_what_was(runs, monkeypatch)
     assert after[records[0]["identity"]] == before[records[0]["identity"]]
     assert after[records[1]["identity"]]["outcome"] == "not run"
     assert is_current(records[0], runs) is True and is_current(records[1], runs) is None
+
+
+def test_a_stop_before_the_processes_replays_nothing(runs):
+    assert replay_all(records_of(runs), runs, jobs=2, stop=lambda: True) == {}
+    assert not replays_path(runs).exists()
+
+
+def test_records_of_other_seeds_have_other_data(runs):
+    """A benchmark may draw its data by the seed."""
+    records = records_of(runs)
+    other = copy.deepcopy(records[0])
+    other["config"]["seed"] = 1
+    groups = lab._groups([*records[:2], other], size=4)
+    assert [len(group) for group in groups] == [2, 1]
+
+
+def test_what_cannot_be_replayed_replaces_an_outcome_of_other_numbers(runs):
+    record = records_of(runs)[0]
+    replay_all([record], runs)
+    anew = tampered(record, lambda r: r["curves"]["train"]["unit"].__setitem__(1, 9.0))
+    anew["device"] = "cuda: NVIDIA H200"
+    replay_all([anew], runs)
+    assert read_replays(runs)[record["identity"]]["outcome"] == "not run"
 
 
 def test_a_replay_does_not_speak_for_a_record_that_was_made_anew(runs):
