@@ -501,6 +501,15 @@ def test_above_floor_with_a_floor_of_zero():
     assert above_floor(record)["b"]
 
 
+def test_above_floor_with_a_floor_below_zero():
+    record = {
+        "selected": {"best test epoch": {"test": {"a": {"R2": 0.1}, "b": {"R2": -0.6}}}},
+        "floors": {"test": {"a": {"R2": -0.5}, "b": {"R2": -0.5}}},
+        "directions": {"a": {"R2": "up"}, "b": {"R2": "up"}},
+    }
+    assert above_floor(record) == {"a": True, "b": False}
+
+
 def test_selected_refuses_an_unknown_protocol_and_an_unfinished_run():
     assert selected(FLOORED, "last ten")["a"] == {"MAE": 2.2}
     with pytest.raises(ValueError, match="unknown protocol .worst."):
