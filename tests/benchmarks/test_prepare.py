@@ -1,5 +1,6 @@
 """`python -m dbmtl.prepare` on made-up folders of every layout."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -263,6 +264,29 @@ def test_prepare_without_pillow_ends_with_2(folders, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         main(["nyuv2", "--size", "4x6"])
     assert end.value.code == 2 and "pip install dbmtl[images]" in capsys.readouterr().err
+
+
+def full_disk(*_, **options):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("place", ["arrays", "features", "folder"])
+def test_prepare_on_a_full_disk_ends_with_2_and_a_sentence(place, folders, monkeypatch, capsys):
+    pacs(folders / "data" / "pacs")
+    reason = "No space left on device"
+    if place == "arrays":
+        monkeypatch.setattr("dbmtl.data.image_store.os.fsync", full_disk)
+    elif place == "features":
+        monkeypatch.setattr("dbmtl.benchmarks.prepare.lite0_features", full_disk)
+    else:
+        (folders / "cache").write_text("")  # a file where the folder should be
+        reason = "File exists"
+    with pytest.raises(SystemExit) as end:
+        main(["pacs", "--size", "4x4", "--features"])
+    printed = capsys.readouterr()
+    sentence = f"error: pacs cannot be prepared in {folders / 'cache'}: "
+    assert end.value.code == 2 and not printed.out
+    assert sentence in printed.err and reason in printed.err and printed.err.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------- twice, and features

@@ -44,6 +44,25 @@ def test_epoch_means_window_and_limit():
     limited.check("X")
 
 
+def test_a_window_without_a_finite_loss_goes_on_to_the_next_one():
+    means = EpochMeans(1, window=2)
+    for _ in range(3):
+        means.see(torch.tensor([float("nan")]))
+    assert means.epoch == 0
+    means.see(torch.tensor([5.0]))
+    assert means.epoch == 1 and means.last.item() == 5
+    means.see(torch.tensor([6.0]))
+    assert means.epoch == 1  # the steps of the next window are counted from its beginning
+
+
+def test_means_that_were_given_keep_no_graph():
+    means = EpochMeans(2)
+    given = torch.tensor([1.0, 2.0], requires_grad=True)
+    means.finish(given * 2)
+    assert not means.last.requires_grad
+    assert_close(means.last, torch.tensor([2.0, 4.0], dtype=F64))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -32,6 +32,22 @@ def test_write_atomically_keeps_the_old_file_when_writing_fails(tmp_path, monkey
     assert [entry.name for entry in path.parent.iterdir()] == ["record.json"]
 
 
+def test_two_processes_write_one_file_and_the_last_one_stays(tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    sync = os.fsync
+    monkeypatch.setattr(files.os, "getpid", lambda: 1)
+
+    def the_other_writes_meanwhile(file):
+        sync(file)
+        monkeypatch.setattr(files.os, "fsync", sync)
+        monkeypatch.setattr(files.os, "getpid", lambda: 2)
+        write_atomically(path, b"of the other")
+
+    monkeypatch.setattr(files.os, "fsync", the_other_writes_meanwhile)
+    write_atomically(path, b"of the first")
+    assert path.read_bytes() == b"of the first" and list(tmp_path.iterdir()) == [path]
+
+
 def test_file_lock_is_exclusive_between_processes_and_gone_with_its_process(tmp_path):
     pytest.importorskip("fcntl")
     path = tmp_path / "run.lock"
@@ -69,6 +85,14 @@ def test_folders_follow_the_environment(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(os.path, "expanduser", lambda path: str(path).replace("~", "/a/user"))
     assert cache_folder() == Path("/a/user/.cache/dbmtl/prepared")
+
+
+def test_an_empty_variable_is_none(monkeypatch):
+    for name in ("DBMTL_DATA", "DBMTL_CACHE"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    assert data_folder() == Path("cache/dbmtl")
+    assert cache_folder() == Path("cache/dbmtl/prepared")
 
 
 def test_missing_data_names_folder_and_recipe(monkeypatch):

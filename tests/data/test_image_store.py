@@ -410,6 +410,18 @@ def test_image_store_names_twenty_and_counts_the_rest(tmp_path):
     assert len(lines) == 22 and lines[-1] == "... and 3 more"
 
 
+def test_image_store_made_again_leaves_nothing_of_the_old_one(items, cache):
+    build_store("set", items, Reader(), FIELDS)
+    build_store("set", items[:4], Reader(), FIELDS)
+    assert len(open_store("set")) == 4 and leftovers(cache) == []
+
+
+def test_image_store_can_be_read_by_others(items, cache):
+    """A shared cache: a temporary folder would be its owner's alone."""
+    build_store("set", items, Reader(), FIELDS)
+    assert (cache / "set").stat().st_mode & 0o777 == 0o755
+
+
 def test_image_store_keeps_the_old_one_when_the_new_one_fails(items):
     first = build_store("set", items, Reader(), FIELDS)
     items[0].files[0].write_bytes(b"short")

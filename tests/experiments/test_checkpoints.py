@@ -134,6 +134,32 @@ def test_a_full_disk_names_the_record_that_it_does_not_take(tmp_path, monkeypatc
     assert not list(tmp_path.glob("*.json"))
 
 
+def test_a_gitignore_that_is_there_is_left_alone(tmp_path):
+    (tmp_path / ".gitignore").write_text("*.pt\n")
+    with checkpoint_lock(tmp_path / "run.pt"):
+        assert (tmp_path / ".gitignore").read_text() == "*.pt\n"
+
+
+def test_where_both_checkpoints_are_damaged_the_newest_is_named(tmp_path):
+    path = tmp_path / "run.pt"
+    path.write_bytes(b"damaged")
+    path.with_name("run.pt.previous").write_bytes(b"damaged")
+    with pytest.raises(UnusableCheckpoint, match="run.pt is truncated"):
+        load_checkpoint(path)
+
+
+def test_a_disk_that_has_room_again_leaves_no_reason(tmp_path, monkeypatch):
+    outcomes = iter([full_disk, save_checkpoint])
+    monkeypatch.setattr(
+        "dbmtl.experiments.train.save_checkpoint", lambda *arguments: next(outcomes)(*arguments)
+    )
+    calls = iter(range(100))
+    with pytest.warns(UserWarning, match="goes on without"):
+        part = train("toy", "EW", out=tmp_path, checkpoint_steps=3, stop=lambda: next(calls) == 4)
+    assert (part["state"], part["reason"]) == ("stopped", "")
+    assert train("toy", "EW", out=tmp_path)["steps_now"] == 18 - 4
+
+
 @pytest.mark.parametrize("keep", [0, 1, 64, 66, 500, -1])
 def test_a_truncated_checkpoint_names_its_file(tmp_path, stopped, keep):
     _, path = stopped()

@@ -143,6 +143,32 @@ def test_at_most_so_many_at_a_time(tmp_path):
         assert len(swept(script, tmp_path, jobs=jobs)) == 5 and script.most == most
 
 
+class OneByOne(Script):
+    """The first that was sent ends alone, and each outcome is told."""
+
+    def wait(self, handles, seconds):
+        return super().wait(handles, seconds)[:1]
+
+
+def test_whoever_ends_makes_room_for_one(tmp_path):
+    script = OneByOne({number: [DONE] for number in range(5)})
+    assert len(swept(script, tmp_path, jobs=2)) == 5 and script.most == 2
+
+
+def test_every_end_is_told_once(tmp_path):
+    script = Script({0: [LOST, DONE], 1: [DONE]})
+    told = list(run_on(script, {0: ["run"], 1: ["run"]}, tmp_path))
+    assert sorted(number for number, _ in told) == [0, 1]
+
+
+def test_the_tenth_run_is_not_the_first(tmp_path):
+    """Marks are told apart by the whole number of a run, and of a sending."""
+    assert module._begin(tmp_path, "10-1") == (1, None)
+    assert not module._begun(tmp_path, "1-1") and not module._begun(tmp_path, "10-2")
+    assert module._begin(tmp_path, "1-10") == (1, None)
+    assert not module._begun(tmp_path, "1-1") and module._begun(tmp_path, "1-10")
+
+
 # ----------------------------------------------------------------------------------------- stopping
 
 

@@ -197,6 +197,34 @@ def test_monitors_show_raw_gradients(tmp_path):
     )
 
 
+def test_a_learning_rate_may_fall_to_zero(monkeypatch):
+    """As in the last epoch of a cosine schedule: then there is no ratio to be told."""
+    scale = toy.scale("smoke")
+    loop = lab.Loop(toy, toy.load(scale), toy.tasks, "EW", 0, scale)
+    told = []
+    monkeypatch.setattr(loop.balancer.transform, "set_learning_rate_ratio", told.append)
+    for rate in (scale.learning_rate / 2, 0.0):
+        loop.optimizer.param_groups[0]["lr"] = rate
+        loop._start_epoch()
+    assert told == [2.0]
+
+
+@pytest.mark.parametrize(("asked", "size"), [(0, 16), (5, 5)])
+def test_evaluation_has_a_batch_size_of_its_own(asked, size, monkeypatch):
+    scale = replace(toy.scale("smoke"), eval_batch_size=asked)
+    loop = lab.Loop(toy, toy.load(scale), toy.tasks, "EW", 0, scale)
+    sizes = []
+    plain = lab.evaluate
+
+    def evaluate(model, tasks, split, batch_size):
+        sizes.append(batch_size)
+        return plain(model, tasks, split, batch_size)
+
+    monkeypatch.setattr(lab, "evaluate", evaluate)
+    loop.end_epoch()
+    assert scale.batch_size == 16 and sizes == [size, size]  # validation and test
+
+
 def test_a_metric_that_is_not_finite_is_divergence(tmp_path, monkeypatch):
     monkeypatch.setattr(
         lab, "evaluate", lambda *_: {n: {"MAE": float("nan")} for n in toy.task_names}

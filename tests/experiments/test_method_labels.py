@@ -1,8 +1,19 @@
 """Labels: what goes to which method."""
 
-import pytest
+import json
 
-from dbmtl.experiments.method_labels import check_settings, hyper_of, parse_hyper
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbmtl.experiments.method_labels import (
+    check_settings,
+    hyper_of,
+    method_label,
+    parse_hyper,
+    parse_method,
+    split_methods,
+)
 from dbmtl.registry import hyperparameters, method_names
 
 
@@ -29,3 +40,29 @@ def test_every_hyperparameter_is_a_setting_and_no_option_of_the_balancer_is(meth
 def test_the_error_lists_the_settings():
     with pytest.raises(ValueError, match="its settings: eps, alpha, beta, beta_decay"):
         check_settings("DB-MTL", {"beta": 0.1, "check": "off"})
+
+
+WORDS = st.text(alphabet="ab1.-{}[]'\" ", max_size=6)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["alpha", "beta", "eps"]),
+        st.one_of(
+            st.none(),
+            st.booleans(),
+            st.integers(),
+            st.floats(allow_nan=False),
+            WORDS,
+        ),
+    )
+)
+def test_a_label_is_read_back_as_the_same_settings(hyper):
+    label = method_label("DB-MTL", hyper)
+    assert parse_method(label) == ("DB-MTL", hyper)
+    assert split_methods(f"EW,{label}") == ["EW", label]
+
+
+@pytest.mark.parametrize("mark", '(),;="')
+def test_what_separates_settings_is_quoted_within_them(mark):
+    assert method_label("EW", {"name": f"a{mark}b"}) == f"EW(name={json.dumps(f'a{mark}b')})"

@@ -208,6 +208,7 @@ CHANGES = {
     "no floors": {"place": ("floors",), "drop": True},
     "no monitors": {"place": ("monitors",), "drop": True},
     "no steps": {"place": ("steps",), "drop": True},
+    "no floor on validation": {"place": ("floors", "validation", "small"), "drop": True},
     "not at its end": {"place": ("step",), "value": 17},
     "nothing selected": {"place": ("selected",), "value": {}},
     "no test of a task": {"place": ("curves", "test", "large"), "drop": True},
@@ -293,6 +294,14 @@ def test_a_damaged_record_does_not_hide_the_others(tmp_path):
         assert [r["config"]["seed"] for r in read_records(tmp_path)] == [0, 1]
 
 
+def test_a_damaged_file_does_not_hide_the_record_of_other_data(tmp_path):
+    paths = sorted(write_record(made(data=data), tmp_path) for data in ("d", "e"))
+    whole = read_record(paths[1])
+    paths[0].write_text("{")
+    with pytest.warns(UserWarning, match=f"{re.escape(paths[0].name)} is damaged"):
+        assert find_record(whole["config"], tmp_path) == whole
+
+
 def test_committed_records_are_whole():
     records, damaged = scan_records(ROOT / "figures/runs")
     assert records and damaged == []
@@ -376,6 +385,15 @@ def test_epochs_that_stl_chose_survive_thinning():
 def test_a_short_record_is_not_thinned():
     record = long_record(epochs=20)
     assert thin(record) == record | {"thinned": {"curves": 1, "monitors": 1}}
+
+
+def test_the_checksum_counts_among_the_bytes_of_a_record(tmp_path):
+    record = long_record(epochs=100)
+    size = len(encode_record(record | {"thinned": {"curves": 1, "monitors": 1}, "note": ""}))
+    record["note"] = "x" * (60_000 - size)  # it fits, but for the checksum
+    assert thin(record)["thinned"]["curves"] == 1
+    path = write_record(record, tmp_path)
+    assert path.stat().st_size <= 60_000 and read_record(path)["thinned"]["curves"] == 2
 
 
 def test_a_record_that_cannot_fit_raises():
@@ -481,6 +499,15 @@ def test_above_floor_with_a_floor_of_zero():
     record = copy.deepcopy(FLOORED)
     record["floors"]["test"]["b"] = {"Acc": 0.0, "IoU": 0.0}
     assert above_floor(record)["b"]
+
+
+def test_above_floor_with_a_floor_below_zero():
+    record = {
+        "selected": {"best test epoch": {"test": {"a": {"R2": 0.1}, "b": {"R2": -0.6}}}},
+        "floors": {"test": {"a": {"R2": -0.5}, "b": {"R2": -0.5}}},
+        "directions": {"a": {"R2": "up"}, "b": {"R2": "up"}},
+    }
+    assert above_floor(record) == {"a": True, "b": False}
 
 
 def test_selected_refuses_an_unknown_protocol_and_an_unfinished_run():

@@ -1,7 +1,9 @@
 """Replays: exact, close or different, what cannot be run, and the file beside the records."""
 
+import contextlib
 import copy
 import json
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -68,6 +70,20 @@ def test_a_replay_leaves_threads_and_random_state_alone(record):
     threads = torch.get_num_threads()
     replay(record | {"threads": threads + 1})
     assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads() == threads
+
+
+def test_a_replay_has_as_many_threads_as_its_record(record, monkeypatch):
+    threads = []
+    plain = lab.run_of
+
+    def seen(*arguments):
+        threads.append(torch.get_num_threads())
+        return plain(*arguments)
+
+    monkeypatch.setattr(lab, "run_of", seen)
+    for count in (1, 2):
+        replay(record | {"threads": count})
+    assert threads == [1, 2]
 
 
 def tampered(record, change):
@@ -302,6 +318,42 @@ def test_two_processes_find_the_same(runs):
         replay_all([], runs, jobs=0)
 
 
+@pytest.mark.full
+def test_a_killed_process_is_told_and_the_others_are_replayed(runs, monkeypatch, capsys):
+    train("toy", "EW", seed=1, out=runs)  # the third group, for two processes
+    killed = []
+
+    @contextlib.contextmanager
+    def kill_one_process():
+        def stop():
+            for child in multiprocessing.active_children()[: 1 - len(killed)]:
+                killed.append(child)
+                child.kill()
+            return False
+
+        yield stop
+
+    monkeypatch.setattr(lab, "until_signal", kill_one_process)
+    assert main(["--runs", str(runs), "--jobs", "2"]) == 1
+    told = capsys.readouterr().out
+
+    # Each record that was in hand is named once, and stored nowhere; the others are replayed.
+    stored = read_replays(runs)
+    lost = [record for record in records_of(runs) if record["identity"] not in stored]
+    assert len(killed) == 1 and len(lost) in (2, 4)  # one group, or that of the other process too
+    assert told.count("was not run") == len(lost)
+    for record in lost:
+        config = record["config"]
+        name = f"{config['benchmark']} smoke {config['method']} seed {config['seed']}"
+        assert told.count(f"{name} was not run: a process was killed") == 1
+    assert [found["outcome"] for found in stored.values()] == ["exact"] * (5 - len(lost))
+
+    # `--missing` goes on from there.
+    monkeypatch.undo()
+    assert main(["--runs", str(runs), "--missing"]) == 0
+    assert [found["outcome"] for found in read_replays(runs).values()] == ["exact"] * 5
+
+
 def test_data_are_loaded_once_for_records_that_share_them(runs, monkeypatch):
     loads = []
     benchmarks = {name: lab.get_benchmark(name) for name in ("toy", "toy-multi")}
@@ -327,6 +379,29 @@ def test_what_could_not_be_replayed_does_not_replace_what_was(runs, monkeypatch)
     assert after[records[0]["identity"]] == before[records[0]["identity"]]
     assert after[records[1]["identity"]]["outcome"] == "not run"
     assert is_current(records[0], runs) is True and is_current(records[1], runs) is None
+
+
+def test_a_stop_before_the_processes_replays_nothing(runs):
+    assert replay_all(records_of(runs), runs, jobs=2, stop=lambda: True) == {}
+    assert not replays_path(runs).exists()
+
+
+def test_records_of_other_seeds_have_other_data(runs):
+    """A benchmark may draw its data by the seed."""
+    records = records_of(runs)
+    other = copy.deepcopy(records[0])
+    other["config"]["seed"] = 1
+    groups = lab._groups([*records[:2], other], size=4)
+    assert [len(group) for group in groups] == [2, 1]
+
+
+def test_what_cannot_be_replayed_replaces_an_outcome_of_other_numbers(runs):
+    record = records_of(runs)[0]
+    replay_all([record], runs)
+    anew = tampered(record, lambda r: r["curves"]["train"]["unit"].__setitem__(1, 9.0))
+    anew["device"] = "cuda: NVIDIA H200"
+    replay_all([anew], runs)
+    assert read_replays(runs)[record["identity"]]["outcome"] == "not run"
 
 
 def test_a_replay_does_not_speak_for_a_record_that_was_made_anew(runs):

@@ -516,6 +516,48 @@ def test_jobs_give_the_records_of_one_process(tmp_path):
     ]
 
 
+def test_a_worker_gets_whole_paths_and_one_thread(tmp_path, monkeypatch):
+    """Another machine has another working directory, and threads set for the parent stay there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.setenv("MKL_NUM_THREADS", "4")
+    told = {}
+
+    class NoProcess:
+        returncode = 2
+
+        def __init__(self, line, env, **options):
+            told.update(line=line, env=env)
+
+        def poll(self):
+            return self.returncode
+
+        def wait(self):
+            return self.returncode
+
+    monkeypatch.setattr(lab.subprocess, "Popen", NoProcess)
+    monkeypatch.setattr(lab, "find_record", lambda *arguments: None)
+    monkeypatch.setattr(lab, "commit", lambda: None)
+    with pytest.raises(FileNotFoundError, match="EW seed 0 ended with 2"):
+        run_all("toy", "EW", out="records", checkpoints="states", jobs=2)
+    options = dict(zip(told["line"][3::2], told["line"][4::2], strict=True))
+    assert options["--out"] == str(tmp_path / "records")
+    assert options["--checkpoints"] == str(tmp_path / "states")
+    assert (told["env"]["OMP_NUM_THREADS"], told["env"]["MKL_NUM_THREADS"]) == ("1", "1")
+
+
+def test_a_record_of_another_machine_is_waited_for_and_not_for_ever(tmp_path, monkeypatch):
+    (run,) = plan(toy, ["EW"], [0], "smoke", tmp_path)
+    report = {"state": "finished", "steps": 18}
+    outcome = {"host": "there", "code": 0, "report": report, "errors": ""}
+    later = iter([None, {"curves": {}}])
+    with monkeypatch.context() as patch:
+        patch.setattr(lab, "find_record", lambda *arguments: next(later))
+        assert lab._returned(run, tmp_path, outcome)["curves"] == {}
+    with pytest.raises(RuntimeError, match="EW seed 0 ended on there, but its record is not in"):
+        lab._returned(run, tmp_path, outcome, patience=0.0)
+
+
 def test_jobs_need_a_benchmark_that_has_a_name(tmp_path):
     with pytest.raises(ValueError, match="is in no table"):
         run_all(replace(toy, name="mine"), ["EW", "STL"], out=tmp_path, jobs=2)

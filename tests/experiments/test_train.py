@@ -238,6 +238,14 @@ def test_a_checkpoint_of_before_replays_is_resumed(tmp_path, stopped):
     assert rest["steps_now"] == 18 - 3 and numbers(rest) == numbers(whole)
 
 
+def test_a_resumed_run_keeps_its_interval_of_monitors(tmp_path, stopped):
+    whole = train("toy", "EW", out=tmp_path / "whole", monitor_every=2)
+    stopped(monitor_every=2)
+    rest = train("toy", "EW", out=tmp_path, monitor_every=0)
+    assert rest["steps_now"] == 18 - 3 and rest["monitor_every"] == 2
+    assert rest["monitors"] == whole["monitors"]
+
+
 def test_a_budget_stops_at_a_checkpoint(tmp_path):
     part = train("toy", "EW", out=tmp_path, budget=0.0)
     assert (part["state"], part["steps_now"]) == ("stopped", 1)
@@ -372,6 +380,7 @@ def test_a_floating_point_error_of_a_solver_is_divergence(tmp_path, monkeypatch)
     [
         AttributeError("a bug"),
         torch.OutOfMemoryError("full"),
+        getattr(torch, "AcceleratorError", torch.OutOfMemoryError)("an illegal memory access"),
         RuntimeError(
             "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
         ),
