@@ -93,7 +93,7 @@ def _parser():
     return parser
 
 # %% ../../nbs/09_benchmarks/11_prepare.ipynb #dbe78126
-def main(argv=None) -> int:  # 0; 2 for wrong options, or missing or corrupt files
+def main(argv=None) -> int:  # 0; 2 for wrong options, missing or corrupt files, a full disk
     "Prepare one data set and say what there is."
     parser = _parser()
     options = parser.parse_args(argv)
@@ -101,6 +101,9 @@ def main(argv=None) -> int:  # 0; 2 for wrong options, or missing or corrupt fil
         stores = _prepare_as_asked(options)
     except (ValueError, FileNotFoundError, ImportError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except OSError as error:
+        reason = f"{options.name} cannot be prepared in {cache_folder()}: {error}"
+        parser.exit(2, f"{parser.prog}: error: {reason}\n")
     print(store_table(stores), cache_folder(), sep="\n")
     return 0
 

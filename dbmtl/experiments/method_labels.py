@@ -27,7 +27,7 @@ def method_label(
 def _written(value) -> str:
     "A value as a label holds it: a word as it is, if it is read back as that word, else JSON."
     is_word = isinstance(value, str) and value != "" and not set(value) & set('(),;="')
-    if is_word and _read(value) == value:
+    if is_word and _read(value.strip()) == value:  # spaces around it would be lost
         return value
     return json.dumps(value)
 

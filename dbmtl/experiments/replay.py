@@ -18,6 +18,7 @@ import signal
 import warnings
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -323,8 +324,11 @@ def replay_all(
     jobs: int = 1,  # processes
     progress: bool | None = None,  # a bar; None: on a terminal
     stop=None,  # () -> bool, asked between records
-) -> dict:  # {identity: what `replay` gave}, of those that were replayed
-    "Replay records and store what is found."
+) -> dict:  # {identity: what `replay` gave}, of those that were replayed or lost
+    """Replay records and store what is found.
+
+    Those that were in hand when a process was killed are "not run", which is not stored.
+    """
     check_whole("jobs", jobs)
     stop = stop or (lambda: False)
     if jobs > 1:
@@ -335,7 +339,8 @@ def replay_all(
     with progress_bar(len(records), "replay", unit="record", shown=progress) as advance:
         for identity, outcome in outcomes:
             replays[identity] = outcome
-            _store(identity, outcome, folder)
+            if not _is_lost(outcome):
+                _store(identity, outcome, folder)
             advance()
     return replays
 
@@ -384,17 +389,44 @@ def _data_of(record):
 def _in_processes(groups: deque, jobs: int, stop):
     "Replay groups in processes of one thread, `jobs` at a time; yields (identity, outcome)."
     waiting = deque(groups)
-    active = set()
+    while waiting:  # a pool that has lost a process takes no more
+        yield from _in_one_pool(waiting, jobs, stop)
+
+
+def _in_one_pool(waiting: deque, jobs: int, stop):
+    "Replay the groups, which are taken from `waiting`, as long as no process is killed."
+    active = {}  # {future: its group}
+    is_broken = False
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, _start_process) as pool:
-        while waiting or active:
+        while active or (waiting and not is_broken):
             if stop():
                 waiting.clear()  # what is begun comes to its end
-            while waiting and len(active) < jobs:
-                active.add(pool.submit(_replay_group, waiting.popleft()))
-            done, active = wait(active, timeout=0.5, return_when=FIRST_COMPLETED)
+            while waiting and not is_broken and len(active) < jobs:
+                try:
+                    active[pool.submit(_replay_group, waiting[0])] = waiting[0]
+                    waiting.popleft()
+                except BrokenProcessPool:  # also where it breaks between two groups
+                    is_broken = True
+            done, _ = wait(active, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in done:
-                yield from future.result()
+                group = active.pop(future)
+                try:
+                    outcomes = future.result()
+                except BrokenProcessPool:
+                    outcomes = [(record["identity"], _lost(record)) for record in group]
+                yield from outcomes
+
+
+_LOST = "a process was killed while it was in hand"
+
+
+def _lost(record: dict) -> dict:
+    return {"record": _fingerprint(record), "outcome": "not run", "reason": _LOST}
+
+
+def _is_lost(outcome: dict) -> bool:
+    return outcome.get("reason") == _LOST
 
 
 def _start_process():
@@ -438,7 +470,7 @@ def replay_table(
 # %% ../../nbs/10_experiments/11_replay.ipynb #0b73bedd
 def main(
     argv=None,
-) -> int:  # 0; 1 if a record differs or is damaged; 2 for wrong options; 130 after Ctrl-C
+) -> int:  # 0; 1 if a record differs, is damaged or lost; 2: wrong options; 130: Ctrl-C
     "Train the first epoch of recorded runs again, and compare it with the records."
     parser = argparse.ArgumentParser(prog="python -m dbmtl.replay", description=main.__doc__)
     option = parser.add_argument
@@ -468,7 +500,8 @@ def main(
     if was_stopped:
         return 130
     is_different = any(result["outcome"] == "differs" for result in replays.values())
-    return int(is_different or bool(damaged))
+    is_lost = any(map(_is_lost, replays.values()))
+    return int(is_different or is_lost or bool(damaged))
 
 
 def _selected(given, records: list, folder) -> list[dict]:
