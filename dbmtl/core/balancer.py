@@ -149,7 +149,7 @@ class Balancer:
         scale = GradScale(scaler, self.shared[0].device)
         # read and check: nothing is written before this has passed
         if losses is None:
-            batches = [self._finished_micro_batches()]
+            batches = [self._finished_micro_batches(scaler)]
         else:
             batches = self._read_batches(losses, losses2, losses3, features)
         for batch in batches:
@@ -181,7 +181,10 @@ class Balancer:
     def _read_batches(self, losses, losses2, losses3, features) -> list[Batch]:
         "The batches of a step, read and checked against what the method takes."
         if self._micro_batches:
-            raise RuntimeError("accumulate() was called: finish with backward() without losses")
+            raise RuntimeError(
+                "accumulate() was called: finish with backward() without losses, "
+                "or drop what it holds with discard()"
+            )
         more = [extra for extra in (losses2, losses3) if extra is not None]
         name = type(self.aggregator).__name__
         if self.aggregator.num_batches == 1 and more:
@@ -465,6 +468,7 @@ class Balancer:
             [unscaled_head] = scale.unscale_each([head])
             held.add_gradients(t, counts[t], row_at, unscaled_head)
         held.add_losses(batch.values, counts, batch.names)
+        held.had_scaler |= scaler is not None
         self._micro_batches = held
         self._names = batch.names
 
@@ -472,9 +476,11 @@ class Balancer:
         "Drop the micro-batches that `accumulate` holds, say after an error."
         self._micro_batches = None
 
-    def _finished_micro_batches(self) -> MicroBatches:
+    def _finished_micro_batches(self, scaler) -> MicroBatches:
         if not self._micro_batches:
             raise RuntimeError("backward() without losses finishes accumulate(): call that first")
+        if self._micro_batches.had_scaler and scaler is None:
+            raise ValueError("accumulate() was given a scaler: give it to backward() as well")
         self._micro_batches.check()
         return self._micro_batches
 

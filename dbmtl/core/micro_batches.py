@@ -26,6 +26,7 @@ class MicroBatches:
         self.losses: Tensor | float = 0.0  # [T], sum of size times loss
         self.sizes: Tensor | float = 0.0  # [T]
         self.names: tuple = ()  # T
+        self.had_scaler = False  # then the gradients are to be scaled again at the end
 
     def copy(self) -> "MicroBatches":
         "The same sums; what is added to the copy does not change the original."
@@ -35,6 +36,7 @@ class MicroBatches:
         copied.losses = self.losses
         copied.sizes = self.sizes
         copied.names = self.names
+        copied.had_scaler = self.had_scaler
         return copied
 
     def add_losses(self, values: Tensor, sizes: Tensor, names: tuple):

@@ -31,6 +31,8 @@ def forgotten_layers(
         return ""
     first = [f"{labels.get(leaf, 'unnamed')} {list(leaf.shape)}" for leaf in forgotten[:5]]
     more = f" and {len(forgotten) - 5} more" if len(forgotten) > 5 else ""
+    if not labels:
+        more += " (give the balancer model=... to name them)"
     return (
         f"{len(forgotten)} trainable tensors outside `shared` are reached by two or more losses, "
         f"so their gradients are summed, not balanced: {', '.join(first)}{more}"

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from dbmtl import Balancer, Identity, Log, MaxNorm, Sum, make_balancer
+from dbmtl import DBMTL, Balancer, Identity, Log, MaxNorm, Sum, make_balancer
 
 METHODS = ["EW", "loss-only", "gradient-only", "DB-MTL", "IMTL-L"]
 NAMES = ("depth", "normal", "edge")
@@ -292,3 +292,36 @@ def test_an_accumulated_loss_outside_the_domain_is_named_and_nothing_changed():
     balancer.accumulate([theta + 5, theta + 1], 1)
     balancer.backward()
     assert_close(balancer.slopes, torch.tensor([0.5, 1.0]).double())
+
+
+def test_a_scaler_that_accumulated_must_finish_the_step():
+    """Without it `.grad` would be unscaled, and `scaler.step` would divide it once more."""
+    theta = torch.nn.Parameter(torch.ones(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    balancer = DBMTL(shared=[theta], num_tasks=2)
+
+    def accumulate(scaler):
+        balancer.accumulate([theta.square().sum(), theta.sum()], 4, scaler=scaler)
+
+    accumulate(None)
+    accumulate(scaler)
+    with pytest.raises(ValueError, match="give it to backward.. as well"):
+        balancer.backward()
+    assert theta.grad is None
+    balancer.backward(scaler=scaler)
+    scaled = theta.grad.clone()
+    theta.grad = None
+    again = DBMTL(shared=[theta], num_tasks=2)
+    again.backward([theta.square().sum(), theta.sum()])
+    torch.testing.assert_close(scaled, 1024 * theta.grad)
+
+
+def test_a_step_begun_in_pieces_names_both_ways_out():
+    theta = torch.nn.Parameter(torch.ones(2))
+    balancer = DBMTL(shared=[theta], num_tasks=2)
+    losses = [theta.square().sum(), theta.sum()]
+    balancer.accumulate(losses, 4)
+    with pytest.raises(RuntimeError, match=r"finish with backward\(\).*discard\(\)"):
+        balancer.backward([theta.square().sum(), theta.sum()])
+    balancer.discard()
+    balancer.backward([theta.square().sum(), theta.sum()])

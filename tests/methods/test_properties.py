@@ -763,6 +763,13 @@ ANATOMY = {
 }
 
 
+@every_base
+def test_every_method_has_its_line_in_the_tables(name):
+    """A method that is new: what does a step of it cost, and how does it follow scales?"""
+    assert name in ANATOMY, f"add {name} to ANATOMY: (passes, heads' weights, state)"
+    assert name in SCALE, f"add {name} to SCALE: what scaling the losses does to its direction"
+
+
 @every
 def test_what_a_step_costs(name):
     counted = anatomy(functools.partial(make_balancer, name))
