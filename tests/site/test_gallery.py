@@ -1,6 +1,7 @@
 """The gallery: every card is on the page, every picture has a card, the page stands alone."""
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,6 +23,11 @@ def run_notebook(name):
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), space)
     return space
+
+
+def titles_in(page):
+    """{id of an article: its title}."""
+    return dict(re.findall(r'<h4 id="([^"]*)-title">(.*?)</h4>', page))
 
 
 class Reader(HTMLParser):
@@ -101,7 +107,16 @@ def test_gallery_has_every_card_in_the_papers_order(made):
     space, page = made
     sections = page.all("section", "id")
     paper = [*(f"table{i}" for i in range(1, 7)), *(f"figure{i}" for i in range(1, 11))]
-    assert sections == [*paper, "claims", "nash", "toy"]
+    assert sections == [
+        "tables",
+        *paper[:6],
+        "figures",
+        *paper[6:],
+        "claims",
+        "studies",
+        "nash",
+        "toy",
+    ]
     articles = page.all("article", "id")
     assert [a for a in articles if "table3" in a] == ["table3-table3_qm9", "table3-qm9_per_task"]
     assert {"figure1-figure1_log", "figure10-figure10_cosines", "figure2-figure2-pending"} <= set(
@@ -123,24 +138,80 @@ def test_gallery_says_the_state_of_each_card(made):
     ]
     words = " ".join(made[1].text)
     assert (
-        "qm9: cpu scale, 3 seeds, older code" in words
-        and "pacs: not run" in words
+        "QM9: cpu scale, 3 seeds, older code" in words
+        and "not run: PACS" in words
         and "computed here" in words
     )
+
+
+def folded_lines(page):
+    """{id of an article that is folded: the line beside its title}."""
+    folded = r'<article id="([^"]*)"[^>]* class="folded">\s*<details><summary><h4.*?</h4> '
+    return dict(re.findall(folded + r"<span>(.*?)</span></summary>", page))
+
+
+def test_gallery_folds_what_is_not_run_into_one_line_that_says_so(made, folder):
+    lines = folded_lines((folder / "index.html").read_text(encoding="utf-8"))
+    assert lines["figure1-figure1_log"] == "not run: QM9"
+    assert lines["figure2-figure2-pending"] == "not made yet"
+    assert lines["table3-qm9_per_task"] == "picture"  # behind the table, which is open
+    assert not {"table3-table3_qm9", "figure10-figure10_cosines", "toy-toy_problem"} & set(lines)
+
+
+def test_gallery_opens_two_pictures_of_a_part_and_folds_the_others(folder):
+    for i in range(1, 4):
+        add(folder, f"figure5_{i}", "15_paper/11_figure5_beta", {"office31": run()}, "Line. More.")
+    run_notebook("17_site/03_gallery")
+    lines = folded_lines((folder / "index.html").read_text(encoding="utf-8"))
+    assert [name for name in lines if name.startswith("figure5-")] == ["figure5-figure5_3"]
+
+
+def test_gallery_shows_a_first_sentence_and_folds_the_others(folder):
+    add(folder, "figure5_beta", "15_paper/11_figure5_beta", {}, "As in e.g. b. More. Ours: cpu.")
+    run_notebook("17_site/03_gallery")
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    shown = page[page.index("<figcaption>As in e.g. b.") :]
+    assert shown.index("<details>") < shown.index("<p>More.</p>") < shown.index("<p>Ours: cpu.</p>")
+
+
+def test_gallery_shows_every_statement_of_the_ledger_whole(folder):
+    long = "a statement that is " + "very " * 40 + "long"
+    add(folder, "claims_table", "15_paper/17_claims", {}, "Ledger.")
+    rows = "".join(f"| C01 | claim | {long} | {v} |\n" for v in ("holds", "holds", "open"))
+    (folder / "claims_table.md").write_text(
+        "| id | kind | statement | verdict |\n|---|---|---|---|\n" + rows
+    )
+    (folder / "claims_table.png").unlink()
+    run_notebook("17_site/03_gallery")
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert (
+        page.count(f"<summary><strong>C01</strong> {long} <span>2 holds, 1 open</span></summary>")
+        == 1
+    )
+    assert page.count(long) == 1
+
+
+def test_gallery_takes_a_title_from_the_table_or_from_the_caption(made, folder):
+    add(folder, "figure5_of_mine", "15_paper/11_figure5_beta", {}, "Errors by task: ours. Bars.")
+    run_notebook("17_site/03_gallery")
+    titles = titles_in((folder / "index.html").read_text(encoding="utf-8"))
+    assert titles["figure5-figure5_of_mine"] == "Errors by task"
+    assert titles["figure1-figure1_log"].startswith("Figure 1: six gradient methods")
 
 
 def test_gallery_needs_nothing_but_itself(made):
     _, page = made
     assert all(source.startswith("data:image/") for source in page.all("img", "src"))
     assert (
-        not page.all("script", "src")
+        "script" not in {tag for tag, _ in page.elements}
         and [link for link in page.all("link", "href") if link != "data:,"] == []
     )
     assert [text for text in page.text if "url(" in text or "@import" in text] == []
     ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
     assert len(ids) == len(set(ids))
     anchors = [link for link in page.all("a", "href") if link.startswith("#")]
-    assert len(anchors) == 19 and all(link[1:] in ids for link in anchors)
+    # six tables, ten figures, the ledger, two studies, and the headings of three groups
+    assert len(anchors) == len(set(anchors)) == 22 and all(link[1:] in ids for link in anchors)
 
 
 def test_gallery_escapes_what_cards_and_tables_say(made):
@@ -151,7 +222,6 @@ def test_gallery_escapes_what_cards_and_tables_say(made):
         tag for tag, _ in page.elements
     }
     assert [text for text in page.text if text == "<i>EW</i>"] == ["<i>EW</i>"] * 20
-    assert "Table of 20 rows" in page.text
 
 
 def test_gallery_gives_the_same_bytes_and_names_no_place_or_day(folder, made):
@@ -216,6 +286,13 @@ def test_project_gallery_is_small_whole_and_current(tmp_path, monkeypatch):
     page = (FIGURES / "index.html").read_text(encoding="utf-8")
     assert len(page.encode()) <= 1_500_000
     reader = Reader(page)
+    titles = titles_in(page)
+    assert len(set(titles.values())) == len(titles) == len(reader.all("article", "id"))
+    for name, title in titles.items():
+        stem = name.split("-", 1)[1]
+        in_words = re.sub(r"^(table|figure)(\d)", r"\1 \2", stem.replace("_", " "))
+        assert title.lower() not in {stem, in_words, stem.replace("_", " ")}, f"{stem}: no title"
+        assert "_" not in title and title[0].isupper(), f"{stem}: no title"
     cards = {path.stem for path in FIGURES.glob("cards/*.json")}
     assert cards <= {name.split("-", 1)[1] for name in reader.all("article", "id")}
     local = [link for link in reader.all("a", "href") if not link.startswith(("#", "https:"))]
@@ -233,7 +310,8 @@ def test_project_gallery_is_small_whole_and_current(tmp_path, monkeypatch):
             if path.stem != "states":
                 (tmp_path / "figures" / path.name).symlink_to(path)
     (tmp_path / "nbs").symlink_to(ROOT / "nbs")
-    run_notebook("17_site/03_gallery")
+    space = run_notebook("17_site/03_gallery")
+    assert set(space["TITLES"]) >= cards, "a title is missing in the table of titles"
     assert (tmp_path / "figures" / "index.html").read_text(encoding="utf-8") == page, (
         "run ci/reproduce --only 17_site/03_gallery"
     )
