@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -16,14 +17,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dbmtl.experiments.intervals import Interval
+from dbmtl.report.comparison import write_table
 from dbmtl.report.style import (
     COLORS,
     FAMILIES,
+    error_or_bound,
     method_color,
     method_style,
     palette_png,
     save_figure,
     seed_band,
+    settled,
     use_style,
     write_rows,
 )
@@ -208,3 +213,86 @@ def test_importing_style_changes_no_setting():
         timeout=60,
         env=os.environ | {"MPLBACKEND": "Agg"},
     )
+
+
+# ------------------------------------------------------------------- the same on every machine
+
+
+def test_settled_drops_what_differs_between_machines():
+    assert settled(1.8e-15) == settled(-1.8e-15) == 0 and math.copysign(1, settled(-0.0)) == 1
+    assert settled(1.5 + 4e-16) == settled(1.5 - 4e-16) == 1.5
+    assert settled(1e-11) == 1e-11 and settled(123456.7890123) == 123456.789012
+    assert math.isnan(settled(math.nan)) and settled(-math.inf) == -math.inf
+
+
+@pytest.mark.parametrize("error", [1.8e-15, -2.2e-16, 0.0, 9.9e-13])
+def test_an_error_of_rounding_is_written_as_a_bound(error):
+    assert error_or_bound(error) == "< 1e-12"
+
+
+def test_another_error_is_written_with_two_digits():
+    assert [error_or_bound(error) for error in (1.31e-5, -1.36, 2e-12)] == [1.3e-5, -1.4, 2e-12]
+
+
+def test_rows_and_tables_are_the_same_bytes_with_rounding_errors(tmp_path):
+    def written(folder, noise):
+        value = 0.1234565 * (1 + noise)
+        rows = [
+            {"value": value, "zero": noise, "error": error_or_bound(noise)},
+            {"value": Interval(value, value - noise, value + noise, 3), "zero": 2.5 + noise},
+        ]
+        write_rows(rows[:1], tmp_path / folder / "rows.csv")
+        write_table("table", rows, tmp_path / folder)
+        return [path.read_bytes() for path in sorted((tmp_path / folder).iterdir())]
+
+    exact = written("exact", 0.0)
+    assert len(exact) == 4 and b"e-1" not in b"".join(exact).replace(b"1e-12", b"")
+    for number, noise in enumerate((1.8e-15, -1.8e-15, 2.2e-16, -3e-14)):
+        assert written(str(number), noise) == exact
+
+
+def drawn_with(noise, kind):
+    """A picture whose values lie half way between pixels, on ticks, or on the edge of the axes."""
+    fig, ax = plt.subplots()
+    x = np.arange(12.0)
+    if kind == "bars":
+        ax.bar(x, noise((x * 5) % 35 - 10))
+        ax.bar(x + 20, noise(x / 4))
+    elif kind == "curves":
+        seed_band(ax, x, noise(np.array([x, x**2 / 4, np.sqrt(x)])), "DB-MTL")
+        ax.legend()
+    elif kind == "logarithmic":
+        ax.plot(x, noise(10.0**-x))
+        ax.set_yscale("log")
+    elif kind == "diagonal":
+        ax.plot(noise(np.linspace(0, 1, 11)), noise(np.linspace(0, 1, 11)))
+        ax.margins(0)
+    elif kind == "marks":
+        ax.scatter(noise(x), noise(x**2))
+        ax.errorbar(x, noise(x), yerr=noise(x / 10), fmt="o")
+        ax.hlines(noise(x), 0, noise(x))
+        for place in noise(x / 2):
+            ax.text(place, place, "text")
+    return fig
+
+
+@pytest.mark.parametrize("kind", ["bars", "curves", "logarithmic", "diagonal", "marks"])
+def test_a_picture_is_the_same_bytes_with_rounding_errors(tmp_path, kind):
+    random = np.random.default_rng(0)
+
+    def written(noise):
+        return [path.read_bytes() for path in save_figure(drawn_with(noise, kind), "f", tmp_path)]
+
+    exact = written(lambda values: values)
+    assert exact == written(lambda values: values)
+    for _ in range(3):
+        assert exact == written(lambda v: v * (1 + 1e-13 * random.standard_normal(v.shape)))
+    assert exact != written(lambda values: values * 1.01 + 0.01)
+
+
+def test_rounded_coordinates_leave_the_figure_as_it_was(tmp_path):
+    fig = drawn_with(lambda values: values, "marks")
+    before = [line.get_xydata().copy() for line in fig.axes[0].lines]
+    save_figure(fig, "f", tmp_path)
+    after = [line.get_xydata() for line in fig.axes[0].lines]
+    assert all(map(np.array_equal, before, after)) and "draw" not in vars(fig)
