@@ -28,7 +28,7 @@ from dbmtl.experiments.records import (
 )
 from ..experiments.replay import is_current
 from ..registry import method_names
-from .style import write_rows
+from .style import settled, write_rows
 
 # %% ../../nbs/11_report/03_comparison.ipynb #855d76b2
 def _require_same(expected, scope, values, run):
@@ -493,16 +493,18 @@ def number(
     if isinstance(value, Interval):
         return _interval_in_words(value)
     if isinstance(value, float):
+        value = settled(value)
         return _without_minus_zero(f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}")
     return str(value)
 
 
 def _interval_in_words(interval):
-    half = interval.half_width
+    half = settled(interval.half_width)
     if not math.isfinite(half):
         return f"{number(interval.mean)} (one run)"
     places = 4 if half == 0 else min(8, max(0, 1 - math.floor(math.log10(half))))
-    return f"{_without_minus_zero(f'{interval.mean:.{places}f}')} ± {half:.{places}f}"
+    mean = _without_minus_zero(f"{settled(interval.mean):.{places}f}")
+    return f"{mean} ± {half:.{places}f}"
 
 
 def _without_minus_zero(text):
