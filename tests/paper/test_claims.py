@@ -390,12 +390,16 @@ def other_route(records, row):
             ):
                 return None
             values.setdefault(label, {})[seed] = test
-    base = np.mean(list(values["STL"].values()), axis=0)
+    base = values["STL"]  # the run of the same seed
     shares = np.array([1 / tasks.count(t) * c for t, c in zip(tasks, counted, strict=True)]) / len(
         {t for t, c in zip(tasks, counted, strict=True) if c}
     )
     gain = {
-        label: {s: float(shares @ (100 * signs * (v - base) / base)) for s, v in found.items()}
+        label: {
+            s: float(shares @ (100 * signs * (v - base[s]) / base[s]))
+            for s, v in found.items()
+            if s in base
+        }
         for label, found in values.items()
     }
     seeds = [s for s in range(20) if all(s in gain[label] for label in weights)]

@@ -120,10 +120,13 @@ class Numbers:
         self.test = {
             m: np.stack([numbers(r) for r in runs.values()]) for m, runs in self.runs.items()
         }
-        base = self.test["STL"].mean(0)
-        self.gains = {
-            m: by_task(one, 100 * self.sign * (x - base) / base) for m, x in self.test.items()
-        }
+        base = {seed: numbers(record) for seed, record in self.runs["STL"].items()}
+        self.seeds = {m: [s for s in runs if s in base] for m, runs in self.runs.items()}
+        self.gains = {}
+        for m, seeds in self.seeds.items():
+            x = np.stack([numbers(self.runs[m][s]) for s in seeds])
+            single = np.stack([base[s] for s in seeds])
+            self.gains[m] = by_task(one, 100 * self.sign * (x - single) / single)
         floors = {
             m: np.stack([numbers(r, "floor") for r in runs.values()])
             for m, runs in self.runs.items()
@@ -138,13 +141,13 @@ class Numbers:
         return method in self.runs and bool((self.trained[method] & self.trained["STL"]).all())
 
     def delta_p(self, method):
-        return dict(zip(self.runs[method], self.gains[method].mean(1), strict=True))
+        return dict(zip(self.seeds[method], self.gains[method].mean(1), strict=True))
 
     def common(self):
         """Tasks that all four corners and STL trained, and each run's average over them."""
         kept = np.all([self.trained[m] for m in [*CORNERS.values(), "STL"]], axis=0)
         means = {
-            m: dict(zip(self.runs[m], self.gains[m][:, kept].mean(1), strict=True))
+            m: dict(zip(self.seeds[m], self.gains[m][:, kept].mean(1), strict=True))
             for m in CORNERS.values()
         }
         return kept, means

@@ -119,16 +119,16 @@ def metrics(record):
 
 
 def gains(folder, benchmark, scale, label):
-    """{seed: {task: percent over the mean of STL}}."""
-    base = [metrics(record)[0] for record in runs(folder, benchmark, scale, "STL").values()]
-    if not base:
-        return {}
-    mean = {t: np.mean([b[t] for b in base], axis=0) for t in base[0]}
+    """{seed: {task: percent over STL's run of that seed}}."""
+    single = runs(folder, benchmark, scale, "STL")
     found = {}
     for seed, record in runs(folder, benchmark, scale, label).items():
+        if seed not in single:
+            continue
         values, _, signs = metrics(record)
+        base = metrics(single[seed])[0]
         found[seed] = {
-            t: float(100 * np.mean(signs[t] * (values[t] - mean[t]) / mean[t])) for t in values
+            t: float(100 * np.mean(signs[t] * (values[t] - base[t]) / base[t])) for t in values
         }
     return found
 
