@@ -247,16 +247,14 @@ def test_claims_verdicts_need_runs_floors_and_all_methods(page):
 
 
 def test_claims_against_stl_know_the_spread_of_stl(page):
-    """STL's own runs count: their mean is the baseline, and each stands beside a method's run."""
+    """STL's own runs count: each is the baseline of the method's run of its seed."""
     runs = [record("nyuv2", "STL", s, "cpu", g) for s, g in enumerate((-30.0, 0.0, 30.0))]
     runs += [record("nyuv2", "DB-MTL", s, "cpu", 2.0) for s in range(3)]
     row = page["gained"](
         "C02", page["make_place"]("nyuv2", runs), page["minus"]("DB-MTL", "STL"), 1.0
     )
     assert (
-        row["verdict"] == "undecided"
-        and row["ours"].mean == pytest.approx(2.0)
-        and row["ours"].half_width > 50
+        row["verdict"] == "undecided" and 0 < row["ours"].mean < 15 and row["ours"].half_width > 50
     )
 
 
