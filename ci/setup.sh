@@ -40,6 +40,8 @@ choose_environment() {
         base=$(find_python) || return 1
         echo "making .venv with $("$base" --version)"
         "$base" -m venv .venv || return 1
+        # pip 23, which Debian 12 has, takes many minutes to resolve the extras
+        "$PY" -m pip install -qq --upgrade 'pip>=24' || return 1
     fi
 }
 

@@ -335,8 +335,8 @@ def table_caption(
     sentences = [
         what,
         f"± is the half width of Student's 95 % interval over seeds in our rows{printed}.",
-        "delta_p in percent, higher is better, over the STL run of the same seed; a method has none "
-        "where one of its runs, or of STL's, is not 5 % better than a constant prediction "
+        "delta_p in percent, higher is better, over the STL run of the same seed; a method has "
+        "none where one of its runs, or of STL's, is not 5 % better than a constant prediction "
         "(first row) in some task.",
         "The worst task is the one with the lowest improvement over STL; the mean rank is among "
         "our rows that trained every task, STL aside.",
