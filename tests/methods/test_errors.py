@@ -384,3 +384,26 @@ def test_a_warning_turned_into_an_error_leaves_nothing():
         balancer.backward(model.losses(model.features()))
     assert all(p.grad is None for p in model.parameters())
     assert balancer.step == 0 and balancer.ema.rows == {}
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("error:.*outside `shared`")
+def test_a_model_compiled_as_a_whole_has_no_forgotten_layers():
+    """All losses leave one compiled graph, which leads from each of them to every head."""
+    model = Stacked(list)
+    compiled = torch.compile(model, backend="aot_eager")
+    balancer = make_balancer("DB-MTL", shared=model.trunk, num_tasks=2)
+    for _ in range(2):
+        balancer.backward(compiled(torch.ones(5, 3)))
+    plain = copy.deepcopy(model)
+    plain.zero_grad()
+    model.zero_grad()
+    make_balancer("PCGrad", shared=model.trunk, num_tasks=2, seed=0).backward(
+        compiled(torch.ones(5, 3))
+    )
+    make_balancer("PCGrad", shared=plain.trunk, num_tasks=2, seed=0).backward(
+        plain(torch.ones(5, 3))
+    )
+    torch.testing.assert_close(
+        [p.grad for p in model.parameters()], [p.grad for p in plain.parameters()]
+    )
