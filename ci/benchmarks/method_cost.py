@@ -50,7 +50,7 @@ def loop_maker(benchmark, data, scale, method, device, loops):
 
     def plain(losses, **_):
         with torch.enable_grad():
-            sum(losses).backward()
+            sum(losses.values()).backward()
 
     def make():
         name = "EW" if method == PLAIN else method
@@ -83,7 +83,7 @@ def learning_of_igb(loop, clock):
     transform = loop.balancer.transform
     start = clock()
     transform._learn()
-    return round(1000 * (clock() - start) / transform.plan["update_every"], 3)
+    return round(1000 * (clock() - start) / transform.timetable.update_every, 3)
 
 
 def sizes(model):

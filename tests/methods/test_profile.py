@@ -383,3 +383,11 @@ def test_step_cost_is_a_number_for_every_part():
         step=lambda: None,
     )
     assert step_cost(loop, Ticks()) == StepCost(forward=1.0)
+
+
+def test_the_learning_of_igb_is_timed_for_a_step():
+    script = load_script()
+    ticks = iter([1.0, 6.0])
+    loop = toy_loop("IGBv2")
+    every = loop.balancer.transform.timetable.update_every
+    assert script.learning_of_igb(loop, lambda: next(ticks)) == round(5000 / every, 3)
