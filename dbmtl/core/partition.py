@@ -98,9 +98,13 @@ class Partition:
         tasks: list[int] | None = None,  # which these are; all if None
     ) -> str:  # a warning, or ""
         "Look at gradients to see who reaches a leaf to which several graphs lead."
+        if self.is_complete and not self._doubtful:  # every step but the first
+            return ""
         tasks = list(range(self.num_tasks)) if tasks is None else tasks
-        every_leaf = {leaf for head in heads for leaf in head}
-        self._note_flows(heads, tasks, self._doubtful if self.is_complete else every_leaf)
+        leaves = self._doubtful
+        if not self.is_complete:
+            leaves = {leaf for head in heads for leaf in head}
+        self._note_flows(heads, tasks, leaves)
         confirmed = [leaf for leaf in self._doubtful if self._flows.get(leaf)]
         for leaf in confirmed:
             self.reached[leaf] = self._flows[leaf]

@@ -3,12 +3,8 @@
 DIRECTIONS = {"a": {"MAE": "down"}, "b": {"Acc": "up"}}
 
 
-def record(method, seed, best, last, state="finished", scale="cpu"):
-    """A run whose tasks a and b have these errors and accuracies, (a, b), by each rule."""
-
-    def test(values):
-        return {"test": {"a": {"MAE": values[0]}, "b": {"Acc": values[1]}}}
-
+def small_record(method, seed, selected, floors, state="finished", scale="cpu", **changes):
+    """A run of two tasks, an error and an accuracy, with these selections and (a, b) floors."""
     config = {
         "protocol": 1,
         "benchmark": "toy",
@@ -17,23 +13,17 @@ def record(method, seed, best, last, state="finished", scale="cpu"):
         "seed": seed,
         "scale": {"name": scale, "epochs": 3, "batch_size": 4, "train_size": 0, "width": 8},
     }
-    selections = {}
-    if state == "finished":
-        selections = {
-            "best validation epoch": {"epoch": 1} | test(best),
-            "average of the last ten epochs": {"epochs": 3} | test(last),
-        }
     return {
         "config": config,
         "state": state,
-        "reason": "",
+        "reason": "the loss of a is not finite" if state == "diverged" else "",
         "step": 5,
         "steps": 30,
-        "data": {"hash": "x", "note": ""},
+        "data": {"hash": "x", "note": "generated"},
         "device": "cpu: test",
         "directions": DIRECTIONS,
-        "floors": {"test": {"a": {"MAE": 9.0}, "b": {"Acc": 1.0}}},
-        "selected": selections,
+        "floors": {"test": {"a": {"MAE": floors[0]}, "b": {"Acc": floors[1]}}},
+        "selected": selected if state == "finished" else {},
         "curves": {},
         "monitors": {},
-    }
+    } | changes

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from helpers.methods import same
 from torch import nn
 from torch.testing import assert_close
 
@@ -78,14 +79,6 @@ def test_igb_forward_changes_nothing(random_epochs):
     before = copy.deepcopy(igb.state_dict())
     assert_close(igb(losses), igb(losses), rtol=0, atol=0)
     assert same(before, igb.state_dict())
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def test_igb_float32_and_float64_losses_agree():

@@ -4,6 +4,7 @@ import csv
 import math
 
 import pytest
+from helpers.records import small_record
 from scipy.stats import t as student
 
 from dbmtl.benchmarks.base import get_benchmark
@@ -43,36 +44,14 @@ from dbmtl.report.comparison import (
 )
 from dbmtl.report.plots import curve_rows, panel_grid, seed_bars, series
 
-DIRECTIONS = {"a": {"MAE": "down"}, "b": {"Acc": "up"}}
-
 
 def record(method, seed, a=1.0, b=50.0, state="finished", scale="cpu", **changes):
     """A small record: task a's floor is 2 (lower is better), task b's is 10 (higher is better)."""
     test = {"a": {"MAE": a}, "b": {"Acc": b}}
-    config = {
-        "protocol": 1,
-        "benchmark": "toy",
-        "method": method,
-        "hyper": {},
-        "seed": seed,
-        "scale": {"name": scale, "epochs": 3, "batch_size": 4, "train_size": 0, "width": 8},
-    }
-    return {
-        "config": config,
-        "state": state,
-        "reason": "the loss of a is not finite" if state == "diverged" else "",
-        "step": 5,
-        "steps": 30,
-        "data": {"hash": "x", "note": "generated"},
-        "device": "cpu: test",
-        "directions": DIRECTIONS,
-        "floors": {"test": {"a": {"MAE": 2.0}, "b": {"Acc": 10.0}}},
-        "selected": {"best validation epoch": {"epoch": 1, "test": test}}
-        if state == "finished"
-        else {},
-        "curves": {"epochs": [1, 2], "train": {"a": [float(seed), 2.0]}},
-        "monitors": {},
-    } | changes
+    selected = {"best validation epoch": {"epoch": 1, "test": test}}
+    curves = {"epochs": [1, 2], "train": {"a": [float(seed), 2.0]}}
+    changes = {"curves": curves} | changes
+    return small_record(method, seed, selected, (2.0, 10.0), state, scale, **changes)
 
 
 def groups(*records):

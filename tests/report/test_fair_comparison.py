@@ -3,13 +3,28 @@
 import math
 
 import pytest
-from helpers.records import record
+from helpers.records import small_record
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
 from dbmtl.experiments.intervals import Interval, interval
 from dbmtl.report.fair_comparison import Comparison, holm, judged
+
+
+def record(method, seed, best, last, state="finished"):
+    """A run whose tasks a and b have these errors and accuracies, (a, b), by each rule."""
+
+    def test(values):
+        return {"test": {"a": {"MAE": values[0]}, "b": {"Acc": values[1]}}}
+
+    selected = {}
+    if state == "finished":
+        selected = {
+            "best validation epoch": {"epoch": 1} | test(best),
+            "average of the last ten epochs": {"epochs": 3} | test(last),
+        }
+    return small_record(method, seed, selected, (9.0, 1.0), state)
 
 
 def runs(method, best, last=None):
