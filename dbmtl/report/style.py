@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'STYLE', 'DECIMALS', 'FAMILIES', 'COLORS', 'MARKERS', 'ALIASES', 'ROUNDING', 'palette_png',
-           'use_style', 'printed_name', 'method_style', 'method_color', 'seed_band', 'settled', 'error_or_bound',
-           'write_rows', 'small_svg', 'save_figure']
+           'use_style', 'printed_name', 'method_style', 'method_color', 'settled', 'error_or_bound', 'small_svg',
+           'save_figure']
 
 # %% ../../nbs/11_report/01_style.ipynb #ba51e80c
-import csv
 import io
 import re
 import sys
@@ -31,16 +30,16 @@ STYLE = {
     "figure.figsize": (COLUMN, 2.5),
     "figure.facecolor": "white",
     "figure.constrained_layout.use": True,
-    "savefig.dpi": 100,
+    "savefig.dpi": 200,
     "savefig.facecolor": "white",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana"],
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -140,7 +139,7 @@ def palette_png(
     "The figure at its own size as a PNG with a palette and no metadata."
     drawn = _drawn(fig, "png", dpi=STYLE["savefig.dpi"])
     picture = Image.open(io.BytesIO(drawn)).convert("RGB")
-    colors = 128 if any(ax.images for ax in fig.axes) else 32
+    colors = 128 if any(ax.images for ax in fig.axes) else 64
     packed = io.BytesIO()
     picture.quantize(colors, dither=Image.Dither.NONE).save(packed, "png", optimize=True)
     return packed.getvalue()
@@ -226,29 +225,6 @@ def method_color(
     "The color of a method: that of its family."
     return method_style(name)["color"]
 
-# %% ../../nbs/11_report/01_style.ipynb #caa8ab69
-def seed_band(
-    ax,  # matplotlib axes
-    x,  # [points]
-    ys,  # [seeds, points], one row a seed
-    method: str,  # decides the appearance
-    label: str | None = None,  # legend entry; the method's name if None
-):
-    "Draw the mean over seeds, each seed as a thin line and their range as a band; returns `ax`."
-    ys = np.atleast_2d(np.asarray(ys, dtype=float))
-    if ys.shape[1] != len(x):
-        raise ValueError(
-            f"ys must have one column for each of the {len(x)} points of x, got shape {ys.shape}"
-        )
-    style = method_style(method)
-    color = style["color"]
-    ax.fill_between(x, ys.min(0), ys.max(0), color=color, alpha=0.15, linewidth=0, zorder=1)
-    for y in ys:
-        ax.plot(x, y, color=color, linewidth=0.5, alpha=0.5, zorder=style["zorder"] - 0.5)
-    points_a_marker = max(1, len(x) // 6)  # a marker at every point would hide the line
-    ax.plot(x, ys.mean(0), label=label or method, markevery=points_a_marker, **style)
-    return ax
-
 # %% ../../nbs/11_report/01_style.ipynb #92b06004
 ROUNDING = 1e-12  # what is smaller is a rounding error, another one on each machine
 
@@ -270,25 +246,6 @@ def error_or_bound(
     if abs(error) < ROUNDING:
         return f"< {ROUNDING:g}"
     return float(f"{settled(error):.2g}")
-
-# %% ../../nbs/11_report/01_style.ipynb #441803c1
-def _csv_cell(value):
-    return f"{settled(value):.6g}" if isinstance(value, float | np.floating) else value
-
-
-def write_rows(
-    rows: list[dict],  # one dictionary a line; columns in order of first appearance
-    path: Path,  # file to write
-) -> Path:
-    "Write dictionaries as CSV, floats settled and with six significant digits."
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: _csv_cell(value) for name, value in row.items()})
-    write_atomically(path, text.getvalue().encode())
-    return Path(path)
 
 # %% ../../nbs/11_report/01_style.ipynb #ad9c87f7
 _FONT = "font-family: 'DejaVu Sans', 'Verdana', sans-serif"
@@ -319,15 +276,12 @@ def save_figure(
     fig,  # matplotlib figure
     stem: str,  # file name without ending
     folder,  # made if missing
-    data: list[dict] | None = None,  # the numbers drawn, one dictionary a row
-) -> list[Path]:  # the files written: SVG, PNG and, with data, CSV
-    "Write `fig` as `stem.svg` and `stem.png`, `data` as `stem.csv`, the same bytes every time."
+) -> list[Path]:  # the files written: SVG and PNG
+    "Write `fig` as `stem.svg` and `stem.png`, the same bytes every time."
     svg = Path(folder, f"{stem}.svg")
     png = Path(folder, f"{stem}.png")
     with mpl.rc_context({key: STYLE[key] for key in ("svg.hashsalt", "svg.fonttype")}):
         drawn = _drawn(fig, "svg", metadata={"Date": None, "Creator": None})
     write_atomically(svg, small_svg(drawn.decode()).encode())
     write_atomically(png, palette_png(fig))
-    if data is None:
-        return [svg, png]
-    return [svg, png, write_rows(data, Path(folder, f"{stem}.csv"))]
+    return [svg, png]
