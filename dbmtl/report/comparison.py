@@ -17,6 +17,7 @@ from scipy import stats
 
 from ..experiments.intervals import Interval, interval
 from .runs import check_comparable, load_runs
+from .style import settled
 from .tables import number
 
 # %% ../../nbs/11_report/05_comparison.ipynb #5c043657
@@ -357,6 +358,7 @@ class Comparison:
         score = test["value"] * test["better"].map({"up": 1, "down": -1})
         keys = ["label", "task", "metric"]
         means = test.assign(score=score).groupby(keys, sort=False)["score"].mean()
+        means = means.map(settled)  # equal means tie, whatever their rounding
         ranks = means.groupby(["task", "metric"]).rank(ascending=False)
         return ranks.groupby("label", sort=False).mean()
 

@@ -376,10 +376,9 @@ def gains_figure(
         dots(ax, here[~is_paper], labels, printed, reasons, names=names)
         ax.set_title(panel if panel != "delta_p" else "$\\Delta_p$")
     _same_limits(axes[1:])
-    axes[0].set_xlabel("percent over STL")
     for ax in axes[1:]:
         factor_axis(ax, most=3)
-    axes[len(panels) // 2].set_xlabel("times better than STL")
+    fig.supxlabel("average: percent over STL; tasks: times better than STL", fontsize=8)
     present = [name for name in (*RULES.values(), "paper") if name in set(frame["series"])]
     if present:
         dots_legend(fig, present)

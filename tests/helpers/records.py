@@ -11,7 +11,14 @@ def small_record(method, seed, selected, floors, state="finished", scale="cpu", 
         "method": method,
         "hyper": {},
         "seed": seed,
-        "scale": {"name": scale, "epochs": 3, "batch_size": 4, "train_size": 0, "width": 8},
+        "scale": {
+            "name": scale,
+            "epochs": 3,
+            "batch_size": 4,
+            "train_size": 0,
+            "width": 8,
+            "learning_rate": 1e-3,
+        },
     }
     return {
         "config": config,

@@ -1,351 +1,317 @@
-"""From run records to tables: grouping, floors, differences by seed, verdicts, stable files."""
+"""Both rules of the epoch, seed by seed, Holm's correction: by hand, and against SciPy."""
 
-import csv
 import math
 
+import numpy as np
 import pytest
 from helpers.records import small_record
-from scipy.stats import t as student
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
-from dbmtl.benchmarks.base import get_benchmark
-from dbmtl.experiments.intervals import Interval
-from dbmtl.experiments.records import (
-    configuration,
-    run_identity,
-    write_record,
-)
-from dbmtl.report import comparison
+from dbmtl.experiments.intervals import Interval, interval
+from dbmtl.experiments.metrics import delta_m, delta_p, delta_p_per_task, mean_rank
+from dbmtl.experiments.records import read_records, runs_folder, selected
 from dbmtl.report.comparison import (
-    compared,
-    contrast,
-    current_records,
-    delta_p_by_seed,
-    describe_runs,
-    difference,
+    Comparison,
     estimate,
-    gains_of_task,
-    group_records,
-    html_table,
-    lost_runs,
-    markdown_table,
-    mean_ranks,
-    number,
-    ratio_of_logs,
-    records_to_draw,
-    span,
-    task_gains_by_seed,
-    untrained,
-    verdict,
-    why_missing,
-    why_no_contrast,
+    holm,
+    judged,
+    minus,
+    p_value,
     worst_in_words,
-    worst_tasks,
-    write_table,
 )
-from dbmtl.report.plots import curve_rows, panel_grid, seed_bars, series
+from dbmtl.report.runs import current_records
 
 
-def record(method, seed, a=1.0, b=50.0, state="finished", scale="cpu", **changes):
-    """A small record: task a's floor is 2 (lower is better), task b's is 10 (higher is better)."""
-    test = {"a": {"MAE": a}, "b": {"Acc": b}}
-    selected = {"best validation epoch": {"epoch": 1, "test": test}}
-    curves = {"epochs": [1, 2], "train": {"a": [float(seed), 2.0]}}
-    changes = {"curves": curves} | changes
-    return small_record(method, seed, selected, (2.0, 10.0), state, scale, **changes)
+def record(method, seed, best, last, state="finished", **changes):
+    """A run whose tasks a and b have these errors and accuracies, (a, b), by each rule."""
+
+    def test(values):
+        return {"test": {"a": {"MAE": values[0]}, "b": {"Acc": values[1]}}}
+
+    selections = {}
+    if state == "finished":
+        selections = {"average of the last ten epochs": {"epochs": 3} | test(last)}
+        if best is not None:
+            selections["best validation epoch"] = {"epoch": 1} | test(best)
+    return small_record(method, seed, selections, (9.0, 1.0), state, **changes)
 
 
-def groups(*records):
-    return group_records([*(record("STL", seed, 1.0, 50.0) for seed in range(3)), *records])
+def runs(method, best, last=None):
+    """A run a seed, from pairs (error of a, accuracy of b)."""
+    last = best if last is None else last
+    return [
+        record(method, seed, ours, average)
+        for seed, (ours, average) in enumerate(zip(best, last, strict=True))
+    ]
 
 
-def test_report_delta_p_by_hand():
-    found = groups(record("EW", 0, a=1.5, b=60.0), record("EW", 1, a=1.0, b=50.0))
-    assert task_gains_by_seed(found)["EW"][0] == pytest.approx({"a": -50.0, "b": 20.0})
-    assert delta_p_by_seed(found)["EW"] == pytest.approx({0: (-50 + 20) / 2, 1: 0.0})
-    assert worst_tasks(found)["EW"] == ("a", pytest.approx(-25.0))
+def seeds(comparison, label, protocol="best", **which):
+    return comparison.by_seed(protocol, **which)[label].dropna().to_dict()
 
 
-def test_report_every_run_is_compared_with_the_baselines_run_of_its_seed():
-    found = group_records(
-        [record("STL", 0, a=0.5), record("STL", 1, a=1.5), record("EW", 0, a=0.9)]
-    )
-    assert task_gains_by_seed(found)["EW"][0]["a"] == pytest.approx(-80.0)
-    assert delta_p_by_seed(found)["STL"] == {0: 0.0, 1: 0.0}
-    without = group_records([record("STL", 0), record("EW", 0), record("EW", 1)])
-    assert list(delta_p_by_seed(without)["EW"]) == [0]  # seed 1 has no baseline
-    assert "EW" not in delta_p_by_seed(group_records([record("STL", 0), record("EW", 1)]))
+STL = runs("STL", [(1.0, 50.0), (2.0, 40.0), (1.0, 50.0)])
+EW = runs("EW", [(0.9, 50.0), (1.8, 40.0), (0.8, 50.0)])
 
 
-def test_report_a_task_at_its_floor_takes_delta_p_and_verdict_away():
-    found = groups(record("EW", 0, a=1.95), record("EW", 1, a=1.0))
-    assert untrained(found) == {"EW": ["a"]}
-    assert "EW" not in delta_p_by_seed(found) and "STL" in delta_p_by_seed(found)
-    assert list(task_gains_by_seed(found)["EW"][1]) == ["b"]
-    assert why_missing(found, "EW") == "not trained: a"
-    row = compared(found, delta_p_by_seed(found), {"EW": 1}, -5.0)
-    assert row["ours"] == "not trained: a" and row["verdict"] == "none"
+def test_a_run_is_compared_with_the_baselines_run_of_its_seed():
+    comparison = Comparison([*STL, *EW])
+    assert seeds(comparison, "EW") == pytest.approx({0: 5.0, 1: 5.0, 2: 10.0})
+    assert seeds(comparison, "EW", task="a")[2] == pytest.approx(20.0)
+    assert seeds(comparison, "EW", task="b")[2] == 0.0
+    assert seeds(comparison, "STL") == {0: 0.0, 1: 0.0, 2: 0.0}
+    assert comparison.delta_p("EW") == pytest.approx(interval([5.0, 5.0, 10.0]))
+    assert comparison.delta_p("EW", task="a") == pytest.approx(interval([10.0, 10.0, 20.0]))
+    logs = seeds(comparison, "EW", task="a", score="log_ratio")
+    assert logs == pytest.approx({0: -math.log(0.9), 1: -math.log(0.9), 2: -math.log(0.8)})
 
 
-def test_report_a_baseline_at_its_floor_takes_every_delta_p_away():
-    found = group_records([record("STL", 0, a=2.5), record("EW", 0)])
-    assert delta_p_by_seed(found) == {} and why_missing(found, "EW") == "STL not trained: a"
-    assert list(task_gains_by_seed(found)["EW"][0]) == ["b"]
+@pytest.mark.parametrize("protocol, rule", [("best", "best"), ("last ten", "last ten")])
+def test_committed_records_give_what_the_metrics_give(protocol, rule):
+    """Against the plain functions of experiments.metrics, run by run."""
+    committed = read_records(runs_folder("paper"), benchmark="office31")
+    records = current_records(committed, "office31", "cpu")
+    comparison = Comparison(records)
+    results = {}
+    for run in records:
+        config = run["config"]
+        results.setdefault(config["method"], {})[config["seed"]] = selected(run, rule)
+    directions = records[0]["directions"]
+    means = {}
+    for method, by_seed in results.items():
+        for seed, run in by_seed.items():
+            base = results["STL"][seed]
+            assert seeds(comparison, method, protocol)[seed] == pytest.approx(
+                delta_p(run, base, directions), abs=1e-9
+            )
+            assert comparison.delta_m(method, protocol)[seed] == pytest.approx(
+                delta_m(run, base, directions), abs=1e-9
+            )
+            for task, percent in delta_p_per_task(run, base, directions).items():
+                assert seeds(comparison, method, protocol, task=task)[seed] == pytest.approx(
+                    percent, abs=1e-9
+                )
+        means[method] = {
+            task: {
+                metric: round(np.mean([run[task][metric] for run in by_seed.values()]), 9)
+                for metric in ways
+            }
+            for task, ways in directions.items()
+        }
+    assert len(means) > 3
+    del means["STL"]
+    ranks = comparison.mean_ranks(protocol).to_dict()
+    assert ranks == pytest.approx(mean_rank(means, directions))
 
 
-def test_report_lost_runs_are_listed():
-    found = groups(record("EW", 0), record("EW", 1, state="diverged"))
-    assert lost_runs(found) == ["EW seed 1 diverged at step 5 of 30 (the loss of a is not finite)"]
-    assert list(delta_p_by_seed(found)["EW"]) == [0]
-    assert why_missing(groups(record("EW", 1, state="diverged")), "EW") == "diverged"
-    assert why_missing(groups(), "EW") == "not run"
+def test_seeds_that_the_baseline_lacks_are_left_out():
+    comparison = Comparison([*STL[:2], *EW])
+    assert set(seeds(comparison, "EW")) == {0, 1}
+    alone = Comparison([STL[0], EW[1]])
+    assert alone.delta_p("EW") == "no seed in common with STL"
+    assert alone.difference("EW", "STL") == "EW no seed in common with STL"
 
 
-@pytest.mark.parametrize("change", [{"epochs": 4}, {"width": 9}, {"name": "gpu"}])
-def test_report_runs_of_different_sizes_are_not_mixed(change):
-    other = record("EW", 0)
-    other["config"]["scale"] |= change
-    with pytest.raises(ValueError, match="'EW', seed 0, is not comparable: its scale differ"):
-        groups(other)
+def test_why_there_is_no_number():
+    poor = runs("MGDA", [(9.0, 50.0), (1.0, 50.0), (1.0, 50.0)])  # task a at its floor, in one run
+    lost = [record("CAGrad", 0, None, None, state="diverged")]
+    comparison = Comparison([*STL, *poor, *lost])
+    assert comparison.untrained == {("MGDA", "best"): ["a"], ("MGDA", "last ten"): ["a"]}
+    assert comparison.delta_p("MGDA") == "not trained: a"
+    assert comparison.delta_p("MGDA", task="a") == "at its floor"
+    assert comparison.delta_p("MGDA", task="b").count == 3
+    assert comparison.delta_p("CAGrad") == comparison.delta_p("CAGrad", task="a") == "diverged"
+    assert comparison.delta_p("PCGrad") == "not run"
+    assert comparison.difference("MGDA", "STL") == "MGDA not trained: a"
+    assert comparison.worst_task("MGDA") is None
+    assert "MGDA" not in comparison.mean_ranks()
+    assert Comparison(EW).delta_p("EW") == "STL not run"
+    assert Comparison([]).scale == "not run" and Comparison([]).tasks == []
+    assert Comparison([]).delta_p("EW") == "not run"
 
 
-def test_report_runs_of_other_hyperparameters_or_data_are_not_mixed():
-    other = record("EW", 1)
-    other["config"]["hyper"] = {"c": 1}
-    assert list(groups(record("EW", 0), other)) == ["STL", "EW", "EW(c=1)"]
-    with pytest.raises(ValueError, match="hyper differ"):
-        group_records([record("EW", 0), other], key=lambda record: record["config"]["method"])
-    with pytest.raises(ValueError, match="data differ"):
-        groups(record("EW", 0, data={"hash": "y", "note": ""}))
-    with pytest.raises(ValueError, match="two records of 'EW', seed 0"):
-        groups(record("EW", 0), record("EW", 0))
+def test_a_baseline_at_its_floor_takes_every_delta_p_away():
+    comparison = Comparison([*runs("STL", [(9.5, 50.0)]), *EW[:1]])
+    assert comparison.delta_p("EW") == "STL not trained: a"
+    assert comparison.delta_p("EW", task="a") == "at its floor"
+    assert comparison.delta_p("EW", task="b").mean == 0.0
 
 
-def test_report_mean_rank_over_metrics():
-    found = groups(
-        record("EW", 0, a=1.0, b=40.0),
-        record("DB-MTL", 0, a=0.5, b=60.0),
-        record("GLS", 0, a=0.8, b=30.0),
-    )
-    assert mean_ranks(found) == pytest.approx(
-        {"EW": (3 + 2) / 2, "DB-MTL": 1.0, "GLS": (2 + 3) / 2}
-    )
+def test_a_run_that_is_pending_is_not_run():
+    pending = {"config": EW[0]["config"], "state": "pending"}
+    comparison = Comparison([*STL, pending])
+    assert comparison.delta_p("EW") == "not run" and comparison.scale == "cpu"
 
 
-def test_report_differences_are_paired_by_seed():
-    values = {"x": {0: 1.0, 1: 3.0, 2: 5.0}, "y": {1: 1.0, 2: 2.5, 0: 0.5}}
-    found, steps = difference(values, "x", "y"), [0.5, 2.0, 2.5]
-    spread = math.sqrt(sum((s - sum(steps) / 3) ** 2 for s in steps) / 2)
-    assert found.mean == pytest.approx(sum(steps) / 3)
-    assert found.half_width == pytest.approx(
-        student.ppf(0.975, 2) * spread / math.sqrt(3), rel=1e-6
-    )
-    assert contrast(values, {"x": 1, "z": 1}) is None
-    assert contrast(values | {"z": {2: 0.0}}, {"x": 1, "z": -1}).count == 1
-    assert (
-        estimate([]) is None
-        and estimate([2.0]).count == 1
-        and not math.isfinite(estimate([2.0]).half_width)
-    )
+def test_an_epoch_chosen_on_test_is_no_number():
+    """Records of benchmarks without a validation split: the average of the last ten alone."""
+    chosen = [record(run, 0, None, (1.0, 50.0)) for run in ("STL", "EW")]
+    for run in chosen:
+        run["selected"]["best test epoch"] = {
+            "epoch": 1,
+            "test": {"a": {"MAE": 0.1}, "b": {"Acc": 99.0}},
+        }
+    comparison = Comparison(chosen)
+    assert comparison.protocols == ["last ten"] and comparison.protocol == "last ten"
+    assert comparison.delta_p("EW").mean == 0.0
+    assert comparison.delta_p("EW", "best") == "no validation split"
+    verdict = comparison.verdict(minus("EW", "STL"), 1.0)
+    assert verdict.word == "one run"
+    assert verdict.cells()["ours, best epoch"] == "no validation split"
 
 
-CLEAR = Interval(2.0, 1.0, 3.0, 3)
-UNCLEAR = Interval(2.0, -1.0, 5.0, 3)
+def test_a_difference_by_both_rules_with_the_word_that_changes():
+    close = [(0.9, 50.0), (1.9, 40.0), (1.1, 50.0)]
+    better = [(0.5, 50.0), (1.0, 40.0), (0.51, 50.0)]
+    comparison = Comparison([*STL, *runs("EW", close), *runs("DB-MTL", close, better)])
+    verdict = comparison.verdict(minus("DB-MTL", "EW"), printed=25.0)
+    assert verdict.intervals["best"] == Interval(0.0, 0.0, 0.0, 3)
+    assert verdict.words["best"] == "undecided, another size"
+    assert verdict.intervals["last ten"].sign == 1
+    assert not verdict.agrees
+    assert verdict.word == "undecided, another size (best epoch); same sign (last ten epochs)"
 
 
-@pytest.mark.parametrize(
-    "scale, found, sign, own, word",
-    [
-        ("paper", CLEAR, 1, True, "reproduced"),
-        ("paper", CLEAR, -1, True, "not reproduced"),
-        ("paper", CLEAR, 1, False, "same sign"),
-        ("paper", UNCLEAR, 1, True, "undecided"),
-        ("cpu", CLEAR, 1, True, "same sign"),
-        ("gpu", CLEAR, -1, True, "opposite sign"),
-        ("cpu", UNCLEAR, 1, True, "undecided"),
-        ("cpu", Interval(2.0, 1.0, 3.0, 2), 1, True, "undecided"),
-        ("paper", Interval(2.0, -math.inf, math.inf, 1), 1, True, "one run"),
-        ("smoke", CLEAR, 1, True, "none"),
-        ("paper", None, 1, True, "not run"),
-    ],
-)
-def test_report_verdict_words(scale, found, sign, own, word):
-    assert verdict(scale, found, sign, own) == word
+def test_a_verdict_where_both_rules_agree_is_one_word():
+    better = runs("DB-MTL", [(0.5, 50.0), (1.0, 40.0), (0.51, 50.0)])
+    comparison = Comparison([*STL, *EW, *better])
+    verdict = comparison.verdict(minus("DB-MTL", "EW"), printed=-1.0)
+    assert verdict.agrees and verdict.word == "opposite sign"
+    assert comparison.verdict(minus("DB-MTL", "PCGrad"), printed=1.0).word == "not run"
+    assert Comparison([*STL[:1], *EW[:1]]).verdict(minus("EW", "STL"), 1.0).word == "one run"
 
 
-def test_report_compared_judges_against_the_sign_of_the_paper():
-    found = groups(*(record("EW", seed, a=1.5 + 0.01 * seed) for seed in range(3)))
-    values = delta_p_by_seed(found)
-    words = [compared(found, values, {"EW": 1}, paper)["verdict"] for paper in (-3.0, 3.0)]
-    assert words == ["same sign", "opposite sign"]
-    assert compared(found, values, {"EW": 1}, -3.0)["ours"].mean == pytest.approx(-25.5)
+def test_a_contrast_is_taken_seed_by_seed():
+    half = runs("loss-only", [(0.95, 50.0), (1.9, 41.0), (0.9, 50.0)])
+    comparison = Comparison([*STL, *EW, *half])
+    by_seed = [seeds(comparison, name) for name in ("EW", "loss-only")]
+    expected = [2 * by_seed[0][seed] - 0.5 * by_seed[1][seed] for seed in range(3)]
+    assert comparison.contrast({"EW": 2, "loss-only": -0.5}) == pytest.approx(interval(expected))
+    assert comparison.sample({"EW": 1, "PCGrad": 1}).empty
+    assert comparison.contrast({"EW": 1, "PCGrad": 1, "MGDA": 1}) == "PCGrad not run; MGDA not run"
 
 
-def stored(folder, method, seed=0, scale="cpu", sizes=None, hyper=None):
-    """A record on disk whose configuration is the toy's present one, or of other `sizes`."""
-    made = record(method, seed)
-    made["config"] = configuration("toy", method, seed, "cpu", hyper)
-    made["config"]["scale"] |= {"name": scale} | (sizes or {})
-    made["identity"] = run_identity(made["config"], "x")
-    write_record(made, folder)
-    return made
+def test_differences_against_scipy_and_holm():
+    better = [(0.5, 50.0), (1.0, 41.0), (0.51, 52.0)]
+    worse = [(1.0, 40.0), (2.0, 35.0), (1.2, 45.0)]
+    comparison = Comparison([*STL, *EW, *runs("DB-MTL", better), *runs("CAGrad", worse)])
+    pairs = [("DB-MTL", "EW"), ("CAGrad", "EW"), ("DB-MTL", "CAGrad"), ("PCGrad", "EW")]
+    table = comparison.differences(pairs)
+    for row, (first, second) in enumerate(pairs[:3]):
+        ours = seeds(comparison, first)
+        sample = [ours[seed] - seeds(comparison, second)[seed] for seed in range(3)]
+        p = stats.ttest_1samp(sample, 0).pvalue
+        assert table["p (best)"][row] == pytest.approx(p)
+        assert (table["best"][row].sign != 0) == (p < 0.05)
+    assert math.isnan(table["p (best)"][3]) and table["best"][3] is None
+    assert not table["told apart"][3]
+    for protocol in ("best", "last ten"):
+        expected = holm(table[f"p ({protocol})"])
+        assert table[f"p ({protocol}, Holm)"].tolist()[:3] == pytest.approx(expected[:3])
+    assert (table["told apart"][:3] == (table["p (best, Holm)"][:3] < 0.05)).all()
+    assert table["told apart"].any()
 
 
-def test_report_draws_the_best_scale_that_can_be_compared(tmp_path):
-    made = [record("STL", 0, scale="smoke"), record("EW", 0, scale="smoke")]
-    assert records_to_draw("toy", made, folder=tmp_path) == ("smoke", made)
-    stored(tmp_path, "STL")
-    assert records_to_draw("toy", made, folder=tmp_path) == ("smoke", made), (
-        "a baseline alone is no table"
-    )
-    stored(tmp_path, "EW")
-    assert records_to_draw("toy", made, folder=tmp_path) == ("smoke", made), (
-        "nor is one method beside it"
-    )
-    stored(tmp_path, "loss-only")
-    stored(tmp_path, "DB-MTL", hyper={"beta": 0.1})
-    stored(tmp_path, "DB-MTL", sizes={"epochs": 41})
-    scale, records = records_to_draw("toy", made, folder=tmp_path)
-    assert scale == "cpu" and [r["config"]["method"] for r in records] == ["EW", "STL", "loss-only"]
+def test_a_difference_that_only_one_rule_sees_is_not_told_apart():
+    far = [(0.5, 50.0), (1.0, 40.0), (0.5001, 50.0)]
+    near = [(0.9, 50.0), (1.81, 40.0), (0.8, 50.0)]
+    comparison = Comparison([*STL, *EW, *runs("DB-MTL", far, near)])
+    table = comparison.differences([("DB-MTL", "EW")])
+    assert table["p (best)"][0] < 0.05 < table["p (last ten)"][0]
+    assert not table["told apart"][0]
 
 
-def test_report_draws_paper_scale_before_cpu(tmp_path):
-    from dataclasses import replace
-
-    toy = get_benchmark("toy")
-    both = replace(toy, scales=toy.scales | {"paper": toy.scales["cpu"]})
-    for scale in ("cpu", "paper"):
-        for method in ("STL", "EW", "loss-only"):
-            stored(tmp_path, method, scale=scale)
-    assert records_to_draw(both, [], folder=tmp_path)[0] == "paper"
+def test_opposite_signs_by_the_two_rules_are_not_told_apart():
+    far = [(0.50, 50.0), (1.00, 40.0), (0.40, 50.0)]
+    back = [(1.30, 50.0), (2.62, 40.0), (1.21, 50.0)]
+    comparison = Comparison([*STL, *EW, *runs("DB-MTL", far, back)])
+    table = comparison.differences([("DB-MTL", "EW")])
+    assert (table[["p (best)", "p (last ten)"]] < 0.05).all(axis=None)
+    assert not table["told apart"][0]
 
 
-def test_report_current_records_are_configured_as_today(tmp_path):
-    made = [stored(tmp_path, "EW"), stored(tmp_path, "EW", sizes={"epochs": 41})]
-    made += [stored(tmp_path, "DB-MTL", hyper={"beta": 0.1}), stored(tmp_path, "EW", scale="gpu")]
-    assert current_records(made, "toy", "cpu") == made[:1]
-    assert current_records(made, "toy", "cpu", {"EW", "DB-MTL(beta=0.1)"}) == [made[0], made[2]]
-    assert current_records(made, "toy", "cpu", {"UW"}) == []
-    assert current_records(made, "qm9", "cpu") == []
-    assert records_to_draw("toy", [], folder=tmp_path) == ("not run", [])
+def test_the_noise_floor_is_the_largest_difference_of_twins():
+    twin = runs("Nash-MTL", [(0.9, 50.0), (1.8, 40.0), (0.8, 50.0)])
+    other = runs("Nash-MTL+log", [(0.9, 50.0), (1.8, 40.2), (0.81, 50.0)])
+    comparison = Comparison([*STL, *twin, *other])
+    assert comparison.noise_floor() == pytest.approx(0.5)
+    assert math.isnan(Comparison(STL).noise_floor())
 
 
-def test_report_gains_of_a_task_leave_out_runs_that_did_not_train_it():
-    gains = {"EW": {0: {"a": 1.0}, 1: {"b": 2.0}}, "UW": {0: {"b": 3.0}}}
-    assert gains_of_task(gains, "b") == {"EW": {1: 2.0}, "UW": {0: 3.0}}
-
-
-def test_report_ratios_come_from_logarithms():
-    ratio, low, high = ratio_of_logs(Interval(math.log(2), 0.0, math.log(4), 3))
-    assert (ratio, low, high) == pytest.approx((2, 1, 4))
-    assert ratio_of_logs(estimate([0.0])) == (1.0, None, None)
-
-
-def test_report_words_for_cells():
-    assert (span([2, 2]), span({1, 3}), span([5])) == ("2", "1 to 3", "5")
-    assert worst_in_words(("depth", -3.25)) == "depth (-3.2 %)"
+def test_the_worst_task_and_ranks_by_hand():
+    other = runs("GLS", [(0.5, 30.0), (1.0, 24.0), (0.4, 30.0)])
+    comparison = Comparison([*STL, *EW, *other])
+    assert comparison.worst_task("EW") == ("b", pytest.approx(0.0))
+    assert comparison.worst_task("GLS") == ("b", pytest.approx(-40.0))
+    assert comparison.mean_ranks().to_dict() == {"EW": 1.5, "GLS": 1.5}
+    table = comparison.metrics()
+    assert table.loc["EW", ("a", "MAE")].mean == pytest.approx(3.5 / 3)
+    assert list(table.columns) == [("a", "MAE"), ("b", "Acc")]
     assert worst_in_words(("depth", -3.25), places=0) == "depth (-3 %)"
     assert worst_in_words(None) is None
-    assert why_no_contrast(groups(), {"EW": 1, "STL": -1}) == "EW not run"
-    assert why_no_contrast(groups(), {"STL": 1}) == "no common seed"
 
 
-def test_report_marks_records_of_older_code(monkeypatch):
-    """Those whose replay differs; a record that was never replayed is not marked."""
-    replayed = {"EW": True, "DB-MTL": False, "CAGrad": None}
-    monkeypatch.setattr(comparison, "is_current", lambda record: replayed[method_of(record)])
-    assert "older code" not in describe_runs([record("EW", 0), record("CAGrad", 0)])
-    assert "older code: DB-MTL" in describe_runs([record("EW", 0), record("DB-MTL", 0)])
+def test_common_tasks_are_those_that_all_runs_trained():
+    poor = runs("MGDA", [(9.0, 60.0), (1.0, 44.0), (1.0, 50.0)])
+    comparison = Comparison([*STL, *EW, *poor])
+    tasks, means = comparison.common(["EW", "MGDA"])
+    assert tasks == ["b"] and means["MGDA"].tolist() == pytest.approx([20.0, 10.0, 0.0])
+    assert comparison.common(["EW"])[0] == ["a", "b"]
 
 
-def method_of(run):
-    return run["config"]["method"]
+def test_it_shows_itself_as_a_table():
+    poor = runs("MGDA", [(9.0, 50.0)] * 3)
+    page = Comparison([*STL, *EW, *poor])._repr_html_()
+    assert "<table" in page and "7 ± 7" in page and "not trained: a" in page
+    assert "b (0.0 %)" in page
 
 
-def test_report_describes_size_device_and_seeds():
-    text = describe_runs([record("EW", 0), record("EW", 1), record("DB-MTL", 0)])
-    parts = [
-        "toy at cpu scale",
-        "3 epochs of batch 4",
-        "30 steps",
-        "width 8",
-        "generated",
-        "cpu: test",
-        "1 to 2 seeds",
-    ]
-    assert [part for part in parts if part not in text] == []
-    with pytest.raises(ValueError, match="records is empty"):
-        describe_runs([])
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holm_is_never_below_p_and_keeps_the_order(p_values):
+    adjusted = holm(p_values)
+    assert len(adjusted) == len(p_values)
+    for p, new in zip(p_values, adjusted, strict=True):
+        assert p <= new <= 1 or math.isclose(p, new)
+    ordered = sorted(zip(p_values, adjusted, strict=True))
+    assert [new for _, new in ordered] == sorted(new for _, new in ordered)
+    if p_values:
+        bonferroni = min(1.0, len(p_values) * min(p_values))
+        assert min(adjusted) == pytest.approx(bonferroni)
 
 
 @pytest.mark.parametrize(
-    "value, text",
+    "scale, measured, printed, word",
     [
-        (None, "-"),
-        (Interval(-1.234, -1.334, -1.134, 3), "-1.23 ± 0.10"),
-        (Interval(5.0, -math.inf, math.inf, 1), "5 (one run)"),
-        (12345.6, "12346"),
-        (-0.00001, "-1e-05"),
-        (-0.0, "0"),
-        (1.8e-15, "0"),
-        (-1.8e-15, "0"),
-        (Interval(2.5, 2.5 - 1e-16, 2.5 + 4e-16, 3), "2.5000 ± 0.0000"),
-        ("word", "word"),
+        ("cpu", Interval(0.5, -1.0, 2.0, 3), 1.5, "undecided"),
+        ("cpu", Interval(0.5, -1.0, 2.0, 3), 8.0, "undecided, another size"),
+        ("cpu", Interval(0.5, 0.2, 0.8, 3), 8.0, "same sign, another size"),
+        ("cpu", Interval(0.5, 0.2, 0.8, 3), 0.8, "same sign"),
+        ("cpu", Interval(0.5, 0.2, 0.8, 3), -8.0, "opposite sign"),
+        ("paper", Interval(0.5, 0.2, 0.8, 3), 0.4, "reproduced"),
+        ("paper", Interval(0.5, 0.2, 0.8, 3), -0.4, "not reproduced"),
+        ("paper", Interval(0.5, -1.0, 2.0, 3), 0.4, "undecided"),
+        ("cpu", Interval(0.5, -math.inf, math.inf, 1), 0.4, "one run"),
+        ("cpu", Interval(0.5, 0.2, 0.8, 2), 8.0, "undecided"),
+        ("smoke", Interval(0.5, 0.2, 0.8, 3), 8.0, "none"),
+        ("cpu", None, 8.0, "not run"),
     ],
 )
-def test_report_numbers_as_people_read_them(value, text):
-    assert number(value) == text
+def test_words(scale, measured, printed, word):
+    assert judged(scale, measured, printed) == word
 
 
-def test_report_tables_are_escaped_and_stable(tmp_path):
-    rows = [{"method": "a|b", "x": Interval(1.0, 0.5, 1.5, 3)}, {"method": "<c>", "y": 2.0}]
-    assert "a\\|b" in markdown_table(rows) and "&lt;c&gt;" in html_table(rows)
-    first = [path.read_bytes() for path in write_table("t", rows, tmp_path, "Caption.")]
-    assert first == [path.read_bytes() for path in write_table("t", rows, tmp_path, "Caption.")]
-    with open(tmp_path / "t.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert lines[0]["x low"] == "0.5" and lines[0]["x seeds"] == "3" and float(lines[1]["y"]) == 2
+def test_reproduced_is_for_the_papers_own_benchmark():
+    clear = Interval(0.5, 0.2, 0.8, 3)
+    assert judged("paper", clear, 0.4, own_benchmark=False) == "same sign"
+    with pytest.raises(ValueError, match="printed must not be 0"):
+        judged("cpu", None, 0.0)
 
 
-def test_report_curves_keep_the_points_that_all_seeds_have():
-    short = record("EW", 1, curves={"epochs": [2], "train": {"a": [7.0]}})
-    x, y = series({0: record("EW", 0), 1: short}, "train", "a")
-    assert x.tolist() == [2] and y.tolist() == [[2.0], [7.0]]
-    assert len(series({0: record("EW", 0)}, "norms", "a")[0]) == 0
-    lost = record("EW", 2, state="diverged")
-    assert series({0: record("EW", 0), 2: lost}, "train", "a")[1].shape == (1, 2)
-    rows = curve_rows({"EW": {0: record("EW", 0)}}, "train", ["a"], ["EW", "DB-MTL"])
-    assert rows == [
-        {"task": "a", "method": "EW", "seed": 0, "epoch": 1, "train": 0.0},
-        {"task": "a", "method": "EW", "seed": 0, "epoch": 2, "train": 2.0},
-    ]
-
-
-def test_report_bars_mark_what_is_missing():
-    from matplotlib.figure import Figure
-
-    axes = panel_grid(Figure(), ["a"])
-    ax = seed_bars(axes["a"], {"EW": {0: -1.0, 1: -3.0}}, ["EW", "DB-MTL"], {"DB-MTL": "not run"})
-    assert [bar.get_height() for bar in ax.patches] == [-2.0]
-    assert [text.get_text() for text in ax.texts] == ["not run"]
-
-
-def test_report_compares_notes_over_all_seeds_and_hashes_within_one():
-    def made(method, seed, digest, note):
-        return record(method, seed) | {"data": {"hash": digest, "note": note}}
-
-    group_records(
-        [
-            made("EW", 0, "a", "generated"),
-            made("EW", 1, "b", "generated"),
-            made("STL", 1, "b", "generated"),
-        ]
-    )
-    with pytest.raises(ValueError, match="its data differ"):
-        group_records(
-            [made("EW", 0, "a", "generated"), made("EW", 1, "b", "sample of 7,000 molecules")]
-        )
-    pending = {"config": record("EW", 0)["config"], "state": "pending"}
-    with pytest.raises(ValueError, match="its data differ"):
-        group_records(
-            [pending, made("STL", 0, "a", "generated"), made("DB-MTL", 0, "b", "generated")]
-        )
+def test_estimates_and_p_values():
+    assert estimate([]) is None and estimate(None) is None
+    assert estimate({0: 2.0}).count == 1 and not math.isfinite(estimate([2.0]).half_width)
+    assert estimate([1.0, 2.0, 6.0]) == interval([1.0, 2.0, 6.0])
+    assert math.isnan(p_value([1.0]))
+    assert (p_value([0.0, 0.0]), p_value([2.0, 2.0])) == (1.0, 0.0)
+    assert p_value([1.0, 2.0, 6.0]) == pytest.approx(stats.ttest_1samp([1.0, 2.0, 6.0], 0).pvalue)

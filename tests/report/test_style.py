@@ -1,6 +1,5 @@
 """The figure style: one appearance per method, readable by everybody, the same bytes every time."""
 
-import csv
 import io
 import itertools
 import math
@@ -18,7 +17,6 @@ import pytest
 from PIL import Image
 
 from dbmtl.experiments.intervals import Interval
-from dbmtl.report.comparison import write_table
 from dbmtl.report.style import (
     COLORS,
     FAMILIES,
@@ -27,11 +25,10 @@ from dbmtl.report.style import (
     method_style,
     palette_png,
     save_figure,
-    seed_band,
     settled,
     use_style,
-    write_rows,
 )
+from dbmtl.report.tables import write_csv, write_table
 
 
 @pytest.fixture(autouse=True)
@@ -44,18 +41,18 @@ def style():
 
 def picture():
     fig, ax = plt.subplots()
-    seed_band(ax, range(5), np.arange(15.0).reshape(3, 5) % 7, "DB-MTL")
-    seed_band(ax, range(5), np.arange(10.0).reshape(2, 5) % 4, "EW")
+    for method, step in (("DB-MTL", 7), ("EW", 4)):
+        ax.plot(np.arange(5.0) * 3 % step, label=method, **method_style(method))
+        ax.fill_between(range(5), np.arange(5.0), 5, alpha=0.2, color=method_color(method))
     ax.set(xlabel="epoch", ylabel="$\\Delta_p$ (%)")
     ax.legend()
     return fig
 
 
 def test_save_figure_writes_the_same_bytes_twice(tmp_path):
-    rows = [{"method": "EW", "value": np.float32(1 / 3)}]
-    first = save_figure(picture(), "shape", tmp_path / "a" / "b", rows)
-    second = save_figure(picture(), "shape", tmp_path / "c", rows)
-    assert [path.name for path in first] == ["shape.svg", "shape.png", "shape.csv"]
+    first = save_figure(picture(), "shape", tmp_path / "a" / "b")
+    second = save_figure(picture(), "shape", tmp_path / "c")
+    assert [path.name for path in first] == ["shape.svg", "shape.png"]
     for one, two in zip(first, second, strict=True):
         assert one.read_bytes() == two.read_bytes()
 
@@ -65,9 +62,9 @@ def test_save_figure_writes_the_same_bytes_in_another_process(tmp_path):
     script = (
         "import sys, matplotlib; matplotlib.use('Agg')\n"
         "import matplotlib.pyplot as plt\n"
-        "from dbmtl.report.style import save_figure, seed_band, use_style\n"
+        "from dbmtl.report.style import save_figure, method_style, use_style\n"
         "use_style(); fig, ax = plt.subplots()\n"
-        "seed_band(ax, range(3), [[1, 2, 3], [2, 2, 4]], 'CAGrad')\n"
+        "ax.plot([1, 2, 4], **method_style('CAGrad'))\n"
         "save_figure(fig, 'f', sys.argv[1])"
     )
     for name in "ab":
@@ -88,7 +85,7 @@ def test_save_figure_keeps_its_words_and_no_date_or_version(tmp_path):
         and not re.search(r"\s\d+\.\d{3}", text)
     )
     with Image.open(png) as image:
-        assert image.size == (350, 250) and image.info == {}
+        assert image.size == (700, 500) and image.info == {}
     assert {path.name for path in tmp_path.iterdir()} == {"f.svg", "f.png"}
 
 
@@ -101,14 +98,6 @@ def test_palette_png_keeps_the_colors():
     for color in FAMILIES:
         wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
         assert np.abs(exact.astype(int) - wanted).max(1).min() <= 3
-
-
-def test_write_rows_rounds_floats_and_joins_columns(tmp_path):
-    path = write_rows(
-        [{"a": 1 / 3, "n": 3}, {"a": 1e-9, "b": "x, y"}, {"a": np.float64(2.0)}], tmp_path / "t.csv"
-    )
-    assert path.read_bytes() == b'a,n,b\n0.333333,3,\n1e-09,,"x, y"\n2,,\n'
-    assert list(csv.DictReader(path.read_text().splitlines()))[1]["b"] == "x, y"
 
 
 def test_every_method_has_a_look_of_its_own():
@@ -182,17 +171,6 @@ def test_family_colors_stay_apart(vision):
     assert all(np.linalg.norm(lab - to_lab(np.ones(3))) > 30 for lab in labs.values())
 
 
-def test_seed_band_draws_seeds_range_and_mean():
-    _, ax = plt.subplots()
-    assert seed_band(ax, [0, 1], [[1, 2], [3, 6]], "EW", "mean of two") is ax
-    assert [line.get_ydata().tolist() for line in ax.lines] == [[1, 2], [3, 6], [2, 4]]
-    assert ax.lines[-1].get_label() == "mean of two"
-    band = ax.collections[0].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == (1, 6)
-    with pytest.raises(ValueError, match=r"3 points of x, got shape \(1, 2\)"):
-        seed_band(ax, [0, 1, 2], [1, 2], "EW")
-
-
 def test_use_style_overrides_settings():
     matplotlib.rcParams["lines.linewidth"] = 9
     use_style()
@@ -241,12 +219,12 @@ def test_rows_and_tables_are_the_same_bytes_with_rounding_errors(tmp_path):
             {"value": value, "zero": noise, "error": error_or_bound(noise)},
             {"value": Interval(value, value - noise, value + noise, 3), "zero": 2.5 + noise},
         ]
-        write_rows(rows[:1], tmp_path / folder / "rows.csv")
+        write_csv(rows[:1], tmp_path / folder / "rows.csv")
         write_table("table", rows, tmp_path / folder)
         return [path.read_bytes() for path in sorted((tmp_path / folder).iterdir())]
 
     exact = written("exact", 0.0)
-    assert len(exact) == 4 and b"e-1" not in b"".join(exact).replace(b"1e-12", b"")
+    assert len(exact) == 3 and b"e-1" not in b"".join(exact).replace(b"1e-12", b"")
     for number, noise in enumerate((1.8e-15, -1.8e-15, 2.2e-16, -3e-14)):
         assert written(str(number), noise) == exact
 
@@ -259,8 +237,9 @@ def drawn_with(noise, kind):
         ax.bar(x, noise((x * 5) % 35 - 10))
         ax.bar(x + 20, noise(x / 4))
     elif kind == "curves":
-        seed_band(ax, x, noise(np.array([x, x**2 / 4, np.sqrt(x)])), "DB-MTL")
-        ax.legend()
+        for line in noise(np.array([x, x**2 / 4, np.sqrt(x)])):
+            ax.plot(x, line, **method_style("DB-MTL"))
+        ax.fill_between(x, noise(x), noise(x**2), alpha=0.2)
     elif kind == "logarithmic":
         ax.plot(x, noise(10.0**-x))
         ax.set_yscale("log")
