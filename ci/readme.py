@@ -49,8 +49,9 @@ def render(notebook):
 
 
 def included(path):
-    """A file's content; its links to files beside its own folder start at the README's."""
-    return path.read_text(encoding="utf-8").strip().replace("](../", "](")
+    """A file's content; its links to files above its own folder start at the README's."""
+    text = path.read_text(encoding="utf-8").strip()
+    return re.sub(r"\]\((?:\.\./)+", "](", text)
 
 
 def main(target=ROOT / "README.md"):

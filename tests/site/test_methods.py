@@ -17,7 +17,7 @@ FIGURES = Path(__file__).resolve().parents[2] / "figures"
 
 def rows(stem):
     """The cells of a Markdown table, without its header."""
-    lines = (FIGURES / f"{stem}.md").read_text(encoding="utf-8").splitlines()
+    lines = (FIGURES / "site" / f"{stem}.md").read_text(encoding="utf-8").splitlines()
     return [
         [cell.strip() for cell in line.strip("|").split(" | ")]
         for line in lines
