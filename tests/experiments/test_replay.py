@@ -15,7 +15,14 @@ import torch
 from dbmtl.benchmarks.toy import toy
 from dbmtl.core.balancer import Balancer
 from dbmtl.experiments import replay as lab
-from dbmtl.experiments.records import encode_record, read_record, read_records, runs_folder
+from dbmtl.experiments.records import (
+    encode_record,
+    read_record,
+    read_records,
+    run_identity,
+    runs_folder,
+    write_record,
+)
 from dbmtl.experiments.replay import (
     compare_numbers,
     is_current,
@@ -229,7 +236,7 @@ def missing(*_):
         ({"scale": {"name": "smoke", "epochs": 1, "wings": 2}}, None, "no such benchmark or scale"),
         ({"method": "Nash-XTL"}, None, "no such method"),
         ({"hyper": {"betta": 1}}, None, "no such method"),
-        ({"protocol": 0}, None, "another configuration"),
+        ({"protocol": 2}, None, "another configuration"),
     ],
 )
 def test_what_cannot_be_run_says_why(record, change, benchmark, reason):
@@ -239,6 +246,48 @@ def test_what_cannot_be_run_says_why(record, change, benchmark, reason):
     found = replay(other, benchmark)
     assert found["outcome"] == "not run" and reason in found["reason"]
     assert set(found) == {"record", "outcome", "reason"} and "/" not in found["reason"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("office31", "STL by epochs"),
+        ("pacs", "STL by epochs"),
+        ("cityscapes", "epochs selected on test"),
+        ("nyuv2", "epochs selected on test"),
+        ("toy", ""),
+    ],
+)
+def test_a_record_of_an_older_protocol_is_neither_equal_nor_different(
+    record, name, reason, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(lab, "_load", lambda *_: pytest.fail("nothing is loaded"))
+    older = json.loads(json.dumps(record))
+    older["config"] |= {"benchmark": name, "protocol": 0 if name == "toy" else 1}
+    assert replay(older) == {
+        "record": replay(older)["record"],
+        "outcome": "older protocol",
+        "reason": reason,
+    }
+    older["identity"] = run_identity(older["config"], older["data"]["hash"])
+    runs = tmp_path / "figures/runs"
+    write_record(older, runs)
+    assert main(["--runs", str(runs)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[-5:] == ["0", "0", "0", "0", "1"]
+    (stored,) = read_replays(runs).values()
+    assert stored["outcome"] == "older protocol"
+    assert is_current(read_records(runs)[0], runs) is None
+
+
+def test_other_features_of_the_same_pictures_are_compared(record):
+    data = replace(toy.load(toy.scale("smoke")), hash="features of another machine")
+    assert replay(record, data=data)["reason"] == "the data here are others"
+    same = replace(data, source_hash="pictures")
+    assert replay(record, data=same)["reason"] == "the data here are others"
+    with_source = record | {"data": record["data"] | {"source_hash": "pictures"}}
+    found = replay(with_source, data=same)
+    assert (found["outcome"], found["features"]) == ("exact", "others")
+    assert "features" not in replay(record)
 
 
 def test_an_error_that_is_not_the_methods_is_not_hidden(record):
