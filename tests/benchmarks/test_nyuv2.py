@@ -277,7 +277,7 @@ def test_nyuv2_smoke_runs(name, method, rooms, tmp_path):
 
 @pytest.mark.full
 def test_nyuv2_segnet_goes_on_in_the_middle_of_an_epoch_with_its_augmentation(rooms, tmp_path):
-    benchmark, data = with_smoke_scale("nyuv2-segnet", epochs=2), rooms[True]
+    benchmark, data = with_smoke_scale("nyuv2-segnet", epochs=4), rooms[True]
     assert data.train.augment and not data.test.augment
     whole = train(benchmark, "DB-MTL", out=tmp_path / "whole", data=data)
     for part in range(3):
@@ -288,12 +288,12 @@ def test_nyuv2_segnet_goes_on_in_the_middle_of_an_epoch_with_its_augmentation(ro
             "DB-MTL",
             out=tmp_path / "parts",
             data=data,
-            stop=lambda calls=calls: next(calls) == 2,
+            stop=lambda calls=calls: next(calls) == 3,
         )
         torch.rand(3 + part)
         if stopped["state"] == "finished":
             break
-        assert stopped["step"] == 2 * part + 2
+        assert stopped["step"] == 3 * part + 3  # of epochs of two steps
     assert part == 2
     assert stopped["curves"] == whole["curves"] and stopped["selected"] == whole["selected"]
     other = train(benchmark, "DB-MTL", out=tmp_path / "plain", data=rooms[False])

@@ -57,7 +57,7 @@ def test_the_later_of_equal_epochs_counts(gains, position):
 
 def test_the_same_accuracies_of_other_tasks_are_a_tie():
     directions = {name: {"Acc": "up"} for name in "abc"}
-    values = [(1.0, 1.0, 1.0), (1.1, 1.2, 1.7), (1.7, 1.1, 1.2), (1.2, 1.7, 1.1)]
+    values = [(40.0, 40.0, 40.0), (50.3, 83.9, 50.3), (50.3, 50.3, 83.9), (83.9, 50.3, 50.3)]
     given = []
     for value in values:
         metrics = {name: {"Acc": v} for name, v in zip("abc", value, strict=True)}
