@@ -290,6 +290,14 @@ def test_other_features_of_the_same_pictures_are_compared(record):
     assert (found["outcome"], found["features"]) == ("exact", "others")
     assert "features" not in replay(record)
 
+    # a loss that is off by 5e-5, as the features of another processor may leave it
+    with_source["curves"] = json.loads(json.dumps(record["curves"]))
+    with_source["curves"]["train"]["large"][0] *= 1 + 5e-5
+    assert replay(with_source, data=same)["outcome"] == "close"
+    assert replay(with_source, data=replace(same, hash=record["data"]["hash"]))["first"]
+    with_source["curves"]["train"]["large"][0] *= 1 + 5e-4
+    assert replay(with_source, data=same)["outcome"] == "differs"
+
 
 def test_an_error_that_is_not_the_methods_is_not_hidden(record):
     def loss(prediction, target):
