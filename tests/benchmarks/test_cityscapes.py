@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dbmtl.benchmarks.base import Scale, get_benchmark
-from dbmtl.benchmarks.cityscapes import data_hash, load, make_network
+from dbmtl.benchmarks.cityscapes import data_hash, generated_streets, load, make_network
 from dbmtl.experiments.loop import Loop
 from dbmtl.experiments.run import run_all
 from dbmtl.report.paper import paper_directions, paper_table
@@ -105,45 +105,48 @@ def test_cityscapes_scales_say_where_images_come_from():
 def test_cityscapes_generated_data_do_not_depend_on_the_seed_and_say_what_they_are():
     data = load(TINY, seed=0)
     again = load(TINY, seed=1)
-    every = torch.arange(9)
+    every = torch.arange(5)
     images, targets = data.train.batch(every)
     torch.testing.assert_close(images, again.train.batch(every)[0], rtol=0, atol=0)
-    assert data.note.startswith("generated streets, 9 + 5 images at 16x32")
-    assert data.hash == again.hash == data_hash(TINY) and data.validation is None
-    assert images.shape == (9, 3, 16, 32) and 0 <= images.min() and images.max() <= 1
-    assert targets["segmentation"].shape == (9, 16, 32) and targets["depth"].shape == (9, 1, 16, 32)
-    held_out = data.test.batch(torch.arange(5))[0]
+    assert data.note.startswith("generated streets, 5 + 5 images at 16x32, 4 more cut")
+    assert data.hash == again.hash == data_hash(TINY) and len(data.validation) == 4
+    assert images.shape == (5, 3, 16, 32) and 0 <= images.min() and images.max() <= 1
+    assert targets["segmentation"].shape == (5, 16, 32) and targets["depth"].shape == (5, 1, 16, 32)
+    held_out = [*data.test.batch(torch.arange(5))[0], *data.validation.batch(torch.arange(4))[0]]
     assert not any(torch.equal(a, b) for a in images for b in held_out)
 
 
 def test_cityscapes_more_generated_streets_begin_with_the_same():
-    few, many = (load(replace(TINY, train_size=n)).train.batch(torch.arange(4))[0] for n in (4, 9))
-    torch.testing.assert_close(few, many, rtol=0, atol=0)
+    few, many = (generated_streets(replace(TINY, train_size=n))["train"] for n in (4, 9))
+    torch.testing.assert_close(few["image"], many["image"][:4], rtol=0, atol=0)
 
 
 def test_cityscapes_real_images_arrive_in_their_units(archive):
     data = load(real())
-    images, targets = data.train.batch(torch.tensor([5, 0, 3]))
-    torch.testing.assert_close(images[:, 0, 0, 0], torch.tensor([5.0, 0, 3]) / 255)
-    assert targets["segmentation"][:, 0, 0].tolist() == [4, 255, 2]
+    # of the six images, 0, 1 and 4 are trained on; 2, 3 and 5 choose the epoch
+    images, targets = data.train.batch(torch.tensor([2, 0, 1]))
+    torch.testing.assert_close(images[:, 0, 0, 0], torch.tensor([4.0, 0, 1]) / 255)
+    assert targets["segmentation"][:, 0, 0].tolist() == [3, 255, 0]
     torch.testing.assert_close(
-        targets["depth"][:, 0, 0, 0], torch.tensor([0.05, 0, 0.03]), rtol=0, atol=1e-5
+        targets["depth"][:, 0, 0, 0], torch.tensor([0.04, 0, 0.01]), rtol=0, atol=1e-5
     )
-    assert (
-        data.note
-        == "Cityscapes as prepared by MTAN's authors, an incomplete copy, 6 + 3 images at 16x32"
+    held_out = data.validation.batch(torch.arange(3))[0]
+    torch.testing.assert_close(held_out[:, 0, 0, 0], torch.tensor([2.0, 3, 5]) / 255)
+    assert data.note == (
+        "Cityscapes as prepared by MTAN's authors, an incomplete copy, 3 + 3 images at 16x32, "
+        "3 more cut from the training part to choose the epoch"
     )
 
 
 def test_cityscapes_floors_by_hand(archive):
     data = load(real())
-    # truth of test: void, class 0, class 1; of the equally frequent training classes 0..4, the
-    # first is taken
+    # truth of test: void, class 0, class 1; of the equally frequent training classes 0 and 3 (and
+    # void), the first is taken
     assert data.floors["segmentation"]["PAcc"] == 50
     assert data.floors["segmentation"]["mIoU"] == pytest.approx(
         (50 + 0) / 2
     )  # classes 0 and 1 occur
-    mean = np.mean([0.01, 0.02, 0.03, 0.04, 0.05])
+    mean = (0.01 + 0.04) / 2  # of the training images 0 (no depth), 1 and 4
     assert data.floors["depth"]["AErr"] == pytest.approx(
         ((mean - 0.01) + (mean - 0.02)) / 2, rel=1e-3
     )
@@ -155,8 +158,12 @@ def test_cityscapes_floors_by_hand(archive):
 def test_cityscapes_subsets_of_real_images_are_fixed(archive):
     data = load(real(train_size=4, eval_size=2))
     again = load(real(train_size=4, eval_size=2), seed=3)
-    images = data.train.batch(torch.arange(4))[0]
-    torch.testing.assert_close(images, again.train.batch(torch.arange(4))[0], rtol=0, atol=0)
+    images = []
+    for split in ("train", "validation"):
+        two = getattr(data, split).batch(torch.arange(2))[0]
+        same = getattr(again, split).batch(torch.arange(2))[0]
+        torch.testing.assert_close(two, same, rtol=0, atol=0)
+        images += [*two]
     assert len({float(image.mean()) for image in images}) == 4 and len(data.test) == 2
     with pytest.raises(ValueError, match="train part of Cityscapes has 6 samples"):
         load(real(train_size=7))

@@ -12,6 +12,7 @@ from dbmtl.benchmarks.dense_benchmark import (
     RUN_OPTIONS,
     SCRATCH,
     Images,
+    cut_validation,
     dense_benchmark,
     dense_data,
     dense_network,
@@ -102,9 +103,12 @@ def images():
 
 def test_data_hold_the_images_their_hash_and_a_note(images):
     data = dense_data(images, TASKS, TINY, inverse_depth=True)
-    assert (len(data.train), data.validation, len(data.test)) == (5, None, 3)
+    assert (len(data.train), len(data.validation), len(data.test)) == (3, 2, 3)
     assert data.hash == "the hash"
-    assert data.note == "generated streets, 5 + 3 images at 16x32"
+    assert data.note == (
+        "generated streets, 3 + 3 images at 16x32, "
+        "2 more cut from the training part to choose the epoch"
+    )
     assert data.train.inverse_depth and data.test.inverse_depth
     targets = data.test.batch(torch.arange(3))[1]
     assert list(targets) == ["segmentation", "depth"]
@@ -115,8 +119,52 @@ def test_only_training_images_are_augmented_and_floors_are_not(images):
     plain = dense_data(images, TASKS, TINY)
     augmented = dense_data(images, TASKS, with_extra(TINY, augment=True))
     assert not plain.train.augment
-    assert augmented.train.augment and not augmented.test.augment
+    assert augmented.train.augment
+    assert not augmented.validation.augment and not augmented.test.augment
     assert augmented.floors == plain.floors == dense_floors(TASKS, plain.train, plain.test)
+    assert plain.floors_validation == dense_floors(TASKS, plain.train, plain.validation)
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "validation"),
+    [
+        (795, 8, 80),  # NYUv2: a tenth
+        (795, 2, 80),
+        (2975, 64, 298),  # Cityscapes
+        (240, 8, 24),
+        (400, 8, 40),
+        (64, 8, 8),  # a batch is more than a tenth
+        (12, 4, 4),
+        (5, 4, 2),  # at most half
+        (2, 4, 1),
+    ],
+)
+def test_a_validation_part_is_a_tenth_at_least_a_batch_at_most_half(size, batch_size, validation):
+    stay, chosen = cut_validation(size, batch_size)
+    assert len(chosen) == validation
+    assert sorted([*stay.tolist(), *chosen.tolist()]) == list(range(size))
+    assert stay.tolist() == sorted(stay.tolist()) and chosen.tolist() == sorted(chosen.tolist())
+
+
+def test_a_validation_part_is_the_same_whatever_the_process_drew_before():
+    torch.manual_seed(1)
+    first = cut_validation(240, 8)
+    torch.manual_seed(2)
+    assert all(map(torch.equal, first, cut_validation(240, 8)))
+    assert first[1][:4].tolist() != [0, 1, 2, 3]
+
+
+def test_a_single_image_cannot_be_divided():
+    with pytest.raises(ValueError, match="1 training images cannot be divided"):
+        cut_validation(1, 8)
+
+
+def test_training_and_validation_images_are_those_of_the_training_part(images):
+    data = dense_data(images, TASKS, TINY)
+    labels = images.parts["train"]["label"]
+    for split, rows in ((data.train, [1, 2, 3]), (data.validation, [0, 4])):
+        targets = split.batch(torch.arange(len(rows)))[1]
+        assert_close(targets["segmentation"], labels[rows], rtol=0, atol=0)
 
 
 # ----------------------------------------------------------------------------------------- network
@@ -169,4 +217,5 @@ def test_benchmarks_share_their_training_settings():
     assert benchmark.optimizer is adam and benchmark.scheduler is step_decay
     assert benchmark.drop_last and not benchmark.multi_input and benchmark.schedule_on == "epoch"
     assert (benchmark.load, benchmark.network, benchmark.data_hash) == ("load", "network", "hash")
-    assert "no validation set" in benchmark.note
+    assert "a tenth of the training part" in benchmark.note
+    assert benchmark.protocol == 2

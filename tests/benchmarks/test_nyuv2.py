@@ -254,14 +254,15 @@ def test_nyuv2_smoke_runs(name, method, rooms, tmp_path):
         assert not list(tmp_path.glob("*.json"))
         return
     record = train(benchmark, method, out=tmp_path, data=data)
-    assert record["state"] == "finished" and record["steps_now"] == (9 if method == "STL" else 3)
+    assert record["state"] == "finished" and record["steps_now"] == (6 if method == "STL" else 2)
     assert record["floors"]["test"] == {
         task: pytest.approx(floors, rel=1e-5) for task, floors in data.floors.items()
     }
     assert set(data.floors) == set(OUTPUTS)
     assert record["data"] == {
         "hash": data_hash(benchmark.scale("smoke")),
-        "note": "generated rooms, 12 + 6 images at 32x48",
+        "note": "generated rooms, 8 + 6 images at 32x48, "
+        "4 more cut from the training part to choose the epoch",
     }
     assert (SCRATCH in record["notes"]) == (name != "nyuv2-segnet")
     assert any("second forward pass" in note for note in record["notes"]) == (method == "FAMO")
@@ -276,7 +277,7 @@ def test_nyuv2_smoke_runs(name, method, rooms, tmp_path):
 
 @pytest.mark.full
 def test_nyuv2_segnet_goes_on_in_the_middle_of_an_epoch_with_its_augmentation(rooms, tmp_path):
-    benchmark, data = with_smoke_scale("nyuv2-segnet", epochs=2), rooms[True]
+    benchmark, data = with_smoke_scale("nyuv2-segnet", epochs=4), rooms[True]
     assert data.train.augment and not data.test.augment
     whole = train(benchmark, "DB-MTL", out=tmp_path / "whole", data=data)
     for part in range(3):
@@ -287,12 +288,12 @@ def test_nyuv2_segnet_goes_on_in_the_middle_of_an_epoch_with_its_augmentation(ro
             "DB-MTL",
             out=tmp_path / "parts",
             data=data,
-            stop=lambda calls=calls: next(calls) == 2,
+            stop=lambda calls=calls: next(calls) == 3,
         )
         torch.rand(3 + part)
         if stopped["state"] == "finished":
             break
-        assert stopped["step"] == 2 * part + 2
+        assert stopped["step"] == 3 * part + 3  # of epochs of two steps
     assert part == 2
     assert stopped["curves"] == whole["curves"] and stopped["selected"] == whole["selected"]
     other = train(benchmark, "DB-MTL", out=tmp_path / "plain", data=rooms[False])
@@ -392,17 +393,17 @@ def test_nyuv2_equal_weighting_learns_generated_rooms():
 
 def test_nyuv2_generated_rooms_do_not_depend_on_the_seed(rooms):
     data, again = rooms[False], load(SMOKE, seed=5)
-    every = torch.arange(12)
+    every = torch.arange(8)
     images, targets = data.train.batch(every)
     assert_close(images, again.train.batch(every)[0], rtol=0, atol=0)
-    assert data.hash == again.hash == data_hash(SMOKE, seed=3) and data.validation is None
-    assert images.shape == (12, 3, 32, 48) and 0 <= images.min() and images.max() <= 1
+    assert data.hash == again.hash == data_hash(SMOKE, seed=3) and len(data.validation) == 4
+    assert images.shape == (8, 3, 32, 48) and 0 <= images.min() and images.max() <= 1
     assert {task: tuple(target.shape) for task, target in targets.items()} == {
-        "segmentation": (12, 32, 48),
-        "depth": (12, 1, 32, 48),
-        "normal": (12, 3, 32, 48),
+        "segmentation": (8, 32, 48),
+        "depth": (8, 1, 32, 48),
+        "normal": (8, 3, 32, 48),
     }
-    held_out = data.test.batch(torch.arange(6))[0]
+    held_out = [*data.test.batch(torch.arange(6))[0], *data.validation.batch(torch.arange(4))[0]]
     assert not any(torch.equal(a, b) for a in images for b in held_out)
 
 
@@ -450,25 +451,28 @@ REAL = replace(with_extra(SMOKE, source="real", size=[8, 12]), train_size=6, eva
 
 def test_nyuv2_real_pictures_arrive_in_their_units(archive):
     data = load(REAL)
-    images, targets = data.train.batch(torch.tensor([5, 0, 3]))
-    assert_close(images[:, 0, 0, 0], torch.tensor([5.0, 0, 3]) / 255)
-    assert targets["segmentation"][:, 0, 0].tolist() == [4, 255, 2]
-    assert_close(targets["depth"][:, 0, 0, 0], torch.tensor([0.5, 0, 0.3]), rtol=0, atol=1e-5)
+    # of the six pictures, 0, 1 and 4 are trained on; 2, 3 and 5 choose the epoch
+    images, targets = data.train.batch(torch.tensor([2, 0, 1]))
+    assert_close(images[:, 0, 0, 0], torch.tensor([4.0, 0, 1]) / 255)
+    assert targets["segmentation"][:, 0, 0].tolist() == [3, 255, 0]
+    assert_close(targets["depth"][:, 0, 0, 0], torch.tensor([0.4, 0, 0.1]), rtol=0, atol=1e-5)
     assert_close(targets["normal"][0, :, 0, -1], torch.tensor([0, 0.6, -0.8]), rtol=0, atol=5e-3)
-    assert (targets["normal"].norm(dim=1) > 0.5).sum((1, 2)).tolist() == [8 * 6, 8 * 11, 8 * 8]
-    assert data.note == "NYUv2 with official normals, 6 + 3 images at 8x12"
+    assert (targets["normal"].norm(dim=1) > 0.5).sum((1, 2)).tolist() == [8 * 7, 8 * 11, 8 * 10]
+    held_out = data.validation.batch(torch.arange(3))[0]
+    assert_close(held_out[:, 0, 0, 0], torch.tensor([2.0, 3, 5]) / 255)
+    assert data.note.startswith("NYUv2 with official normals, 3 + 3 images at 8x12, 3 more cut")
 
 
 def test_nyuv2_floors_by_hand(archive):
     floors = load(REAL).floors
-    # truth of test: void, class 0, class 1; of the equally frequent training classes 0..4, the
-    # first is taken
+    # truth of test: void, class 0, class 1; of the equally frequent training classes 0 and 3 (and
+    # void), the first is taken
     assert floors["segmentation"]["PAcc"] == 50 and floors["segmentation"]["mIoU"] == pytest.approx(
         25
     )
-    mean = np.mean([0.1, 0.2, 0.3, 0.4, 0.5])
-    assert floors["depth"]["AErr"] == pytest.approx(((mean - 0.1) + (mean - 0.2)) / 2, rel=1e-3)
-    assert floors["depth"]["RErr"] == pytest.approx((2 + 0.5) / 2, rel=1e-3)
+    # pictures 0 (no depth), 1 and 4: the mean is 0.25; truth of test: none, 0.1, 0.2
+    assert floors["depth"]["AErr"] == pytest.approx((0.15 + 0.05) / 2, rel=1e-3)
+    assert floors["depth"]["RErr"] == pytest.approx((1.5 + 0.25) / 2, rel=1e-3)
     assert floors["normal"]["Mean"] < 0.5 and floors["normal"]["W11.25"] == 100
 
 
@@ -492,13 +496,12 @@ def test_nyuv2_generated_and_real_differ_in_note_and_hash(archive):
 
 def test_nyuv2_few_real_pictures_are_the_first(archive):
     few = load(replace(REAL, train_size=4, eval_size=2))
-    assert (len(few.train), len(few.test)) == (4, 2) and few.hash != load(REAL).hash
-    assert_close(
-        few.train.batch(torch.arange(4))[0],
-        load(REAL).train.batch(torch.arange(4))[0],
-        rtol=0,
-        atol=0,
-    )
+    assert (len(few.train), len(few.test)) == (2, 2) and few.hash != load(REAL).hash
+    # of the first four pictures, 2 and 3 are trained on; 0 and 1 choose the epoch
+    levels = few.train.batch(torch.arange(2))[0][:, 0, 0, 0]
+    assert_close(levels, torch.tensor([2.0, 3.0]) / 255)
+    levels = few.validation.batch(torch.arange(2))[0][:, 0, 0, 0]
+    assert_close(levels, torch.tensor([0.0, 1.0]) / 255)
     with pytest.raises(ValueError, match="holds 6 images, not 795"):
         load(replace(REAL, train_size=0))
 
@@ -558,9 +561,10 @@ def test_nyuv2_one_step_on_the_real_pictures(name, tmp_path, monkeypatch):
         pytest.skip("no nyuv2 in DBMTL_DATA")
     monkeypatch.setenv("DBMTL_CACHE", str(tmp_path))
     benchmark = get_benchmark(name)
-    scale = replace(benchmark.scale("cpu"), train_size=8, eval_size=4, width=2)
+    scale = replace(benchmark.scale("cpu"), train_size=16, eval_size=4, width=2)
+    scale = replace(scale, batch_size=8)
     data = load(scale)
-    assert data.note.startswith("NYUv2 with ") and data.note.endswith(", 8 + 4 images at 72x96")
+    assert data.note.startswith("NYUv2 with ") and ", 8 + 4 images at 72x96" in data.note
     assert data.hash == data_hash(scale) and isinstance(data.train, DenseSplit)
     images, targets = data.train.batch(torch.arange(8))
     assert (

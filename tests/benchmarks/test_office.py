@@ -1,6 +1,7 @@
 """The multi-domain benchmarks: network, batch norm, loading, and the training loop on them."""
 
 import dataclasses
+import hashlib
 import importlib.util
 
 import numpy as np
@@ -16,14 +17,18 @@ from dbmtl.benchmarks.office import (
     load_office,
     office31,
     office_hash,
+    office_source_hash,
     office_trunk,
     officehome,
     pacs,
 )
 from dbmtl.data import office as office_data
-from dbmtl.data.office import DOMAINS, class_names
+from dbmtl.data.image_store import Store
+from dbmtl.data.office import DOMAINS, PARTS, class_names
+from dbmtl.data.scenes import office_images
 from dbmtl.experiments.step import epoch_steps, evaluate
 from dbmtl.experiments.train import train
+from dbmtl.models import efficientnet_lite0
 from dbmtl.registry import make_balancer
 from dbmtl.report.paper import paper_directions
 
@@ -270,6 +275,56 @@ def test_office_hash_of_unprepared_data_is_unknown(tmp_path, monkeypatch):
     assert office31.data_hash(office31.scale("paper")) is None
 
 
+@pytest.fixture
+def frozen(tmp_path, monkeypatch):
+    """A scale of frozen features of random pictures, and where the features lie."""
+    monkeypatch.setenv("DBMTL_CACHE", str(tmp_path))
+    generated = office_images(12, list(DOMAINS["pacs"]), 7, size=(8, 8), seed=0)
+    domains = {}
+    for task, (images, labels) in generated.items():
+        arrays = {"image": images, "label": labels}
+        domains[task] = {
+            part: Store(None, {name: a[k::3] for name, a in arrays.items()}, {}, f"{task} {part}")
+            for k, part in enumerate(PARTS)
+        }
+    monkeypatch.setattr("dbmtl.benchmarks.office.open_office", lambda **_: domains)
+    monkeypatch.setattr(efficientnet_lite0, "load_lite0", lambda network: network)
+
+    def features(network, images, *_):
+        return images.float().mean((2, 3)).repeat(1, 427)[:, :1280] / 255
+
+    monkeypatch.setattr(efficientnet_lite0, "pooled_features", features)
+    extra = pacs.scale("cpu").extra | {"size": [8, 8]}
+    return Scale(1, 2, 8, extra=extra), tmp_path / "lite0"
+
+
+def test_office_hash_covers_the_features_as_they_lie_in_the_cache(frozen):
+    scale, folder = frozen
+    assert office_hash("pacs", scale) is None  # nothing is computed yet
+    source = office_source_hash("pacs", scale)
+    data = load_office("pacs", scale)
+    assert data.hash == office_hash("pacs", scale) != source == data.source_hash
+    assert data.train["photo"].inputs.dtype == torch.float32
+    path = sorted(folder.glob("*.npy"))[0]
+    features = np.load(path)
+    assert features.dtype == np.float16
+
+    # one feature moves by one step of float16, as on a machine that rounds otherwise
+    features[0, 0] = np.nextafter(features[0, 0], np.float16(9))
+    np.save(path, features)
+    path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+    assert office_hash("pacs", scale) not in (None, data.hash)
+    assert office_source_hash("pacs", scale) == source
+    path.with_suffix(".sha256").unlink()
+    assert office_hash("pacs", scale) is None
+
+
+def test_office_hash_of_other_trunks_has_no_features():
+    scale = office31.scale("smoke")
+    assert office_source_hash("office31", scale) == office_hash("office31", scale)
+    assert office31.load(scale).source_hash == ""
+
+
 # ---------------------------------------------------------------------------------------- training
 
 
@@ -316,12 +371,15 @@ def test_office_real_images_train_through_cached_features(tmp_path, monkeypatch,
     benchmark = dataclasses.replace(benchmark, scales={"smoke": small})
     assert benchmark.data_hash(small) is None
     data = benchmark.load(small)
+    assert data.source_hash not in ("", data.hash)
     assert data.hash == benchmark.data_hash(small) and "frozen EfficientNet-Lite0" in data.note
     inputs, targets = data.train[benchmark.task_names[0]].batch(torch.arange(3))
+    assert inputs.dtype == torch.float32 and torch.equal(inputs, inputs.half().float())
     assert inputs.shape == (3, 1280) and targets[benchmark.task_names[0]].max() < len(
         class_names(name)
     )
     record = train(benchmark, "DB-MTL", 0, "smoke", out=tmp_path / "runs", data=data)
+    assert record["data"]["source_hash"] == data.source_hash
     assert record["state"] == "finished" and record["parameters"]["shared"] == 1281 * 512 + 1024
     assert "12 training images a domain at 64x64" in record["data"]["note"]
 

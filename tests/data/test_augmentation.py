@@ -451,7 +451,8 @@ def test_a_resumed_loop_sees_the_same_crops():
             return {"depth": self.head(self.trunk(images).relu())}
 
     split = DenseSplit(arrays, 0.001, tasks, augment=True)
-    data = Data(split, None, DenseSplit(arrays, 0.001, tasks), "hash")
+    test = DenseSplit(arrays, 0.001, tasks)
+    data = Data(split, test, test, "hash")
     scale = Scale(epochs=2, batch_size=4, width=4)
     bench = Benchmark(
         "dense",
@@ -519,3 +520,21 @@ def test_cuda_split_takes_an_index_from_either_side():
         assert_close({name: y.cpu() for name, y in targets.items()}, expected[1])
     assert not there.batch(torch.tensor([5, 2]))[0].is_cuda
     assert depth_loss(targets["depth"], targets["depth"]) == 0
+
+
+@pytest.mark.parametrize("rows", [[7, 2, 4], [0], []])
+def test_a_part_of_a_split_has_its_own_samples_and_the_same_arrays(rows):
+    whole = DenseSplit(store_arrays(), 0.001)
+    part = whole.part(torch.tensor(rows, dtype=torch.long))
+    assert len(part) == len(rows) and len(whole) == 9
+    assert part.arrays["image"] is whole.arrays["image"]
+    every = torch.arange(len(rows))
+    assert_close(part.batch(every)[0], whole.batch(torch.tensor(rows, dtype=torch.long))[0])
+    if rows:
+        with pytest.raises(IndexError):
+            part.batch(torch.tensor([len(rows)]))
+        again = part.part(torch.tensor([len(rows) - 1])).batch(torch.tensor([0]))[0]
+        assert_close(again, whole.batch(torch.tensor(rows[-1:]))[0], rtol=0, atol=0)
+        assert part.to("cpu").batch(every)[0].shape == part.batch(every)[0].shape
+    part.augment = True
+    assert not whole.augment

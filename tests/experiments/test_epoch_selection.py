@@ -1,6 +1,8 @@
 """Which epoch of a run counts."""
 
-from dbmtl.experiments.epoch_selection import improvements, select
+import pytest
+
+from dbmtl.experiments.epoch_selection import best_epoch, improvements, select
 
 
 def rows(validation, test):
@@ -8,7 +10,7 @@ def rows(validation, test):
     return [
         {
             "train": {},
-            "validation": None if v is None else {"a": {"Acc": v}, "b": {"MAE": 1.0}},
+            "validation": {"a": {"Acc": v}, "b": {"MAE": 1.0}},
             "test": {"a": {"Acc": t}, "b": {"MAE": t}},
         }
         for v, t in both
@@ -21,19 +23,56 @@ DIRECTIONS = {"a": {"Acc": "up"}, "b": {"MAE": "down"}}
 def test_best_epoch_is_chosen_on_validation_and_reported_on_test():
     choice = select([rows([10, 30, 20, 30], [1, 2, 3, 4])], DIRECTIONS)
     best = choice["best validation epoch"]
-    assert (best["epoch"], best["delta_p_over_first_epoch"]) == (
-        2,
-        100.0,
-    )  # a: +200 %, b: 0; of equals the first
-    assert best["test"] == {"a": {"Acc": 2}, "b": {"MAE": 2}}
+    # a: +200 %, b: 0; of the two equal epochs the later
+    assert (best["epoch"], best["delta_p_over_first_epoch"]) == (4, 100.0)
+    assert best["test"] == {"a": {"Acc": 4}, "b": {"MAE": 4}}
 
 
-def test_without_validation_the_label_says_test():
-    choice = select([rows([None] * 3, [1.0, 4.0, 2.0])], DIRECTIONS)
-    assert list(choice) == ["best test epoch", "average of the last ten epochs"]
-    # a and b cancel: 0, then (300 - 300) / 2 = 0: the first of equals
-    assert choice["best test epoch"]["epoch"] == 1
-    assert choice["average of the last ten epochs"]["validation"] == {}
+def test_nothing_is_selected_on_test():
+    given = rows([10, 30, 20], [1, 2, 3])
+    choice = select([given], DIRECTIONS)
+    for row, value in zip(given, [3, 2, 1], strict=True):
+        row["test"]["a"]["Acc"] = value
+    again = select([given], DIRECTIONS)
+    assert list(choice) == ["best validation epoch", "average of the last ten epochs"]
+    label = "best validation epoch"
+    assert choice[label]["epoch"] == again[label]["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("gains", "position"),
+    [
+        ([0.0], 0),
+        ([0.0, 0.0, 0.0], 2),
+        ([0.0, 5.0, 5.0, 4.0], 2),
+        ([-1.0, -2.0, -1.0], 2),
+        ([0.0, 0.1 + 0.2, 0.3], 2),  # 0.30000000000000004
+        ([0.0, 12.34566, 12.34567, 12.34568], 3),  # all three are 12.3457
+        ([0.0, 12.3458, 12.3457], 1),
+    ],
+)
+def test_the_later_of_equal_epochs_counts(gains, position):
+    assert best_epoch(gains) == position
+
+
+def test_the_same_accuracies_of_other_tasks_are_a_tie():
+    directions = {name: {"Acc": "up"} for name in "abc"}
+    values = [(40.0, 40.0, 40.0), (50.3, 83.9, 50.3), (50.3, 50.3, 83.9), (83.9, 50.3, 50.3)]
+    given = []
+    for value in values:
+        metrics = {name: {"Acc": v} for name, v in zip("abc", value, strict=True)}
+        given.append({"train": {}, "validation": metrics, "test": metrics})
+    assert len(set(improvements(given, directions)[1:])) > 1  # the last bits differ
+    assert select([given], directions)["best validation epoch"]["epoch"] == 4
+
+
+def test_ties_of_single_task_networks_go_to_the_later_epoch_too():
+    parts = [
+        [{"validation": {n: {"MAE": v}}, "test": {n: {"MAE": 10 * v}}} for v in values]
+        for n, values in (("a", [3.0, 1.0, 1.0]), ("b", [3.0, 2.0, 2.5]))
+    ]
+    best = select(parts, {"a": {"MAE": "down"}, "b": {"MAE": "down"}})["best validation epoch"]
+    assert best["epoch"] == {"a": 3, "b": 2}
 
 
 def test_average_is_of_the_last_ten_epochs():

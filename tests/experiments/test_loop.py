@@ -20,9 +20,36 @@ def test_multi_input_epochs_are_as_long_as_the_longest_task_needs():
     assert {name: len(batches) for name, batches in run.loop.orders[0].items()} == dict.fromkeys(
         run.loop.names, 5
     )
-    assert Run(toy_multi, "STL", 0, "smoke", "cpu", None, data).steps == 3 * (
-        90 // 16 + 54 // 16 + 27 // 16
-    )
+    stl = Run(toy_multi, "STL", 0, "smoke", "cpu", None, data)
+    assert stl.steps == 3 * run.steps  # three networks, each with the steps of a multi-task run
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_single_task_network_sees_the_batches_of_the_multi_task_network(number):
+    data = toy_multi.load(toy_multi.scale("smoke"))
+    run = Run(toy_multi, "EW", 4, "smoke", "cpu", None, data)
+    alone = Run(toy_multi, "STL", 4, "smoke", "cpu", None, data)
+    if number:
+        alone.start_network(number)
+    name = toy_multi.task_names[number]
+    for _ in range(2):  # epochs
+        assert list(alone.loop.orders[0]) == [name]
+        pairs = zip(alone.loop.orders[0][name], run.loop.orders[0][name], strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+        for loop in (alone.loop, run.loop):
+            while loop.position < loop.steps:
+                loop.step()
+            loop.end_epoch()
+
+
+def test_a_small_domain_is_seen_again_and_again_in_an_epoch_of_stl():
+    data = toy_multi.load(toy_multi.scale("smoke"))
+    run = Run(toy_multi, "STL", 0, "smoke", "cpu", None, data)
+    run.start_network(2)  # 27 samples: one batch of 16 a pass, five passes an epoch
+    batches = run.loop.orders[0]["small"]
+    assert [len(batch) for batch in batches] == [16] * 5
+    assert all(len(set(batch.tolist())) == 16 for batch in batches)
+    assert len({tuple(batch.tolist()) for batch in batches}) == 5
 
 
 def test_every_epoch_has_another_order_and_every_seed_too():

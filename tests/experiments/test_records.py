@@ -22,7 +22,9 @@ from dbmtl.experiments.records import (
     encode_record,
     figures_folder,
     find_record,
+    has_validation,
     project_root,
+    protocol_note,
     read_record,
     read_records,
     round_numbers,
@@ -503,11 +505,67 @@ def test_above_floor_with_a_floor_of_zero():
 
 def test_above_floor_with_a_floor_below_zero():
     record = {
-        "selected": {"best test epoch": {"test": {"a": {"R2": 0.1}, "b": {"R2": -0.6}}}},
+        "selected": {"best validation epoch": {"test": {"a": {"R2": 0.1}, "b": {"R2": -0.6}}}},
         "floors": {"test": {"a": {"R2": -0.5}, "b": {"R2": -0.5}}},
         "directions": {"a": {"R2": "up"}, "b": {"R2": "up"}},
     }
     assert above_floor(record) == {"a": True, "b": False}
+
+
+ON_TEST = {
+    "state": "finished",
+    "selected": {
+        "best test epoch": {"epoch": 2, "test": {"a": {"MAE": 0.1}}},
+        "average of the last ten epochs": {"epochs": 3, "test": {"a": {"MAE": 1.9}}},
+    },
+    "floors": {"test": {"a": {"MAE": 2.0}}},
+    "directions": {"a": {"MAE": "down"}},
+}
+
+
+def test_a_choice_on_test_is_no_number():
+    assert selected(ON_TEST) is None and selected(ON_TEST, "best") is None
+    assert selected(ON_TEST, "last ten") == {"a": {"MAE": 1.9}}
+    assert not has_validation(ON_TEST) and has_validation(FLOORED)
+    assert has_validation({"selected": {}, "state": "diverged"})
+    # by the last ten in its place: 5 %, not the 95 % of the epoch chosen on test
+    assert above_floor(ON_TEST, margin=0.06) == {"a": False}
+    assert above_floor(ON_TEST, margin=0.04) == {"a": True}
+
+
+FIRST_PROTOCOL = {
+    "cityscapes": "epochs selected on test",
+    "nyuv2": "epochs selected on test",
+    "nyuv2-segnet": "epochs selected on test",
+    "nyuv2-sgd": "epochs selected on test",
+    "office31": "STL by epochs",
+    "office31-sgd": "STL by epochs",
+    "officehome": "STL by epochs",
+    "pacs": "STL by epochs",
+    "qm9": "",
+    "toy": "",
+}
+
+
+@pytest.mark.parametrize("name", FIRST_PROTOCOL)
+def test_what_the_protocols_of_the_benchmarks_are(name):
+    note = FIRST_PROTOCOL[name]
+    config = configuration(name, "EW", 0, "smoke")
+    assert config["protocol"] == (2 if note else 1)
+    assert protocol_note({"config": config}) == ""
+    assert protocol_note({"config": config | {"protocol": 1}}) == note
+
+
+def test_records_can_be_read_by_their_protocol(tmp_path):
+    write_record(made("EW"), tmp_path)
+    assert len(read_records(tmp_path, protocol=1)) == 1
+    assert read_records(tmp_path, protocol=2) == []
+
+
+def test_committed_records_of_the_first_protocol_are_read():
+    records = read_records(runs_folder("paper"), benchmark=["nyuv2", "cityscapes"], protocol=1)
+    assert all(protocol_note(record) == "epochs selected on test" for record in records)
+    assert all(selected(record) is None for record in records if not has_validation(record))
 
 
 def test_selected_refuses_an_unknown_protocol_and_an_unfinished_run():

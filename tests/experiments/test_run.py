@@ -103,6 +103,43 @@ def test_a_benchmark_that_knows_its_hash_notices_other_data(tmp_path):
     assert plan(other, ["EW"], [0], "smoke", tmp_path)[0].record is None
 
 
+def test_records_of_other_data_are_told_in_one_sentence(tmp_path):
+    record = run_all("toy", ["EW"], out=tmp_path)[0]
+    data = replace(toy.load(toy.scale("smoke")), hash="f" * 64)
+    other = replace(toy, load=lambda *_: data, data_hash=lambda scale, seed: data.hash)
+    with pytest.warns(lab.OtherData, match="1 of 2 runs have a record in .* made from other data"):
+        results = run_all(other, ["EW", "DB-MTL"], out=tmp_path)
+    assert statuses(results) == ["done now", "done now"]
+    assert results[0]["identity"] != record["identity"]
+    assert statuses(run_all(other, ["EW", "DB-MTL"], out=tmp_path)) == ["already there"] * 2
+    assert statuses(run_all("toy", ["EW"], out=tmp_path)) == ["already there"]
+
+
+def test_a_learning_rate_is_a_setting_of_every_run(tmp_path, capsys):
+    words = ["--benchmark", "toy", "--methods", "EW,STL,EW(learning_rate=0.01)"]
+    words += ["--out", str(tmp_path)]
+    assert lab.main([*words, "--lr", "3e-4"]) == 0
+    records = read_records(tmp_path)
+    rates = [(r["config"]["method"], r["config"]["hyper"]["learning_rate"]) for r in records]
+    assert sorted(rates) == [("EW", 3e-4), ("EW", 0.01), ("STL", 3e-4)]
+    assert all(r["config"]["scale"]["learning_rate"] == 1e-3 for r in records)
+    with pytest.raises(SystemExit):
+        lab.main([*words, "--lr", "-1"])
+    assert "learning_rate must be a finite number" in capsys.readouterr().err
+
+
+def test_the_scale_s_own_learning_rate_is_no_setting(tmp_path):
+    run_all("toy", ["EW"], out=tmp_path)
+    results = run_all("toy", ["EW(learning_rate=0.001)", "EW"], out=tmp_path)
+    assert statuses(results) == ["already there"]
+
+
+def test_processes_get_the_learning_rate(tmp_path):
+    (result,) = run_all("toy", ["EW"], out=tmp_path, jobs=2, hyper={"learning_rate": 3e-4})
+    assert result["status"] == "done now"
+    assert read_records(tmp_path)[0]["config"]["hyper"] == {"learning_rate": 3e-4}
+
+
 @pytest.fixture
 def failed(tmp_path, monkeypatch):
     """The record of a method that raised, in a folder whose parent is the test's own."""

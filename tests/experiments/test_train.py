@@ -27,16 +27,6 @@ def numbers(record):
     return {key: value for key, value in record.items() if key not in MACHINE}
 
 
-def without_validation(benchmark):
-    return replace(
-        benchmark,
-        name="blind",
-        schedule_on="epoch",
-        scheduler=None,
-        load=lambda *args: replace(benchmark.load(*args), validation=None, floors_validation={}),
-    )
-
-
 def test_training_leaves_the_callers_random_state_alone(tmp_path):
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -57,13 +47,11 @@ def test_every_benchmark_takes_every_method(name, method, tmp_path):
     assert read_records(tmp_path) == [{k: v for k, v in record.items() if k != "steps_now"}]
 
 
-@pytest.mark.parametrize("name", ["toy", "toy-multi"])
-def test_stl_trains_each_task_as_if_it_were_alone(name, tmp_path):
-    benchmark = get_benchmark(name)
-    together = train(benchmark, "STL", out=tmp_path)
-    task = benchmark.tasks[1]
-    data = benchmark.load(benchmark.scale("smoke"), "cpu", 0)
-    alone = train(replace(benchmark, name="alone", tasks=(task,)), "EW", out=tmp_path, data=data)
+def test_stl_trains_each_task_as_if_it_were_alone(tmp_path):
+    together = train(toy, "STL", out=tmp_path)
+    task = toy.tasks[1]
+    data = toy.load(toy.scale("smoke"), "cpu", 0)
+    alone = train(replace(toy, name="alone", tasks=(task,)), "EW", out=tmp_path, data=data)
     for split in ("train", "validation", "test"):
         assert together["curves"][split]["large"] == alone["curves"][split]["large"]
     assert (
@@ -72,12 +60,40 @@ def test_stl_trains_each_task_as_if_it_were_alone(name, tmp_path):
     )
 
 
-def test_a_benchmark_without_validation_runs(tmp_path):
-    record = train(without_validation(toy), "EW", out=tmp_path)
-    assert list(record["selected"]) == ["best test epoch", "average of the last ten epochs"]
-    assert "validation" not in record["curves"]
-    epoch = record["selected"]["best test epoch"]["epoch"]
+def test_the_best_epoch_is_one_of_the_curves(tmp_path):
+    record = train(toy, "EW", out=tmp_path)
+    assert list(record["selected"]) == ["best validation epoch", "average of the last ten epochs"]
+    epoch = record["selected"]["best validation epoch"]["epoch"]
     assert selected(record)["large"]["MAE"] == record["curves"]["test"]["large"]["MAE"][epoch - 1]
+
+
+def test_a_benchmark_without_validation_is_refused(tmp_path):
+    def load(*args):
+        return replace(toy.load(*args), validation=None)
+
+    with pytest.raises(ValueError, match="there is no validation part"):
+        train(replace(toy, name="blind", load=load), "EW", out=tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_learning_rate_of_the_run_is_that_of_its_optimizer(tmp_path):
+    size = toy.scale("smoke")
+    slow = replace(toy, scales={"smoke": replace(size, learning_rate=3e-4)})
+    by_scale = train(slow, "DB-MTL", out=tmp_path / "scale", hyper={"beta": 0.1})
+    settings = {"beta": 0.1, "learning_rate": 3e-4}
+    by_setting = train(toy, "DB-MTL", out=tmp_path / "setting", hyper=settings)
+    assert by_setting["curves"] == by_scale["curves"]
+    assert by_setting["config"]["hyper"] == settings
+    assert by_setting["identity"] != by_scale["identity"]
+    plain = train(toy, "DB-MTL", out=tmp_path / "plain", hyper={"beta": 0.1})
+    assert plain["curves"] != by_setting["curves"]
+
+
+def test_the_hash_without_features_is_in_the_record_where_there_are_features(tmp_path):
+    data = toy.load(toy.scale("smoke"))
+    assert "source_hash" not in train(toy, "EW", out=tmp_path / "a", data=data)["data"]
+    record = train(toy, "EW", out=tmp_path / "b", data=replace(data, source_hash="pictures"))
+    assert record["data"]["source_hash"] == "pictures"
 
 
 @pytest.mark.full
