@@ -127,12 +127,20 @@ class Data:
     "What a benchmark loaded: splits on the device, their hash, and the floors."
 
     train: object  # a split, or {task name: split}
-    validation: object  # the same, or None
+    validation: object  # the same; what epochs are chosen on
     test: object
-    hash: str  # sha256 of the source; the scale fixes the sample
+    hash: str  # sha256 of the source, features included; the scale fixes the sample
     note: str = ""  # "sample of 7,000 molecules", "generated"
     floors: dict = field(default_factory=dict)  # {task: {metric: value}} on test
     floors_validation: dict = field(default_factory=dict)  # the same on validation
+    source_hash: str = ""  # without the features that were computed from it; "": there are none
+
+    def __post_init__(self):
+        if self.validation is None:
+            raise ValueError(
+                "there is no validation part, so no epoch could be chosen but on test: "
+                "cut one from the training part"
+            )
 
 # %% ../../nbs/09_benchmarks/01_base.ipynb #6c5a2f61
 @dataclass(frozen=True)
@@ -152,9 +160,17 @@ class Benchmark:
     balancing: dict = field(default_factory=dict)  # options of every balancer: grads, check
     data_hash: Callable | None = None  # (scale, seed) -> Data.hash without loading, None: not cheap
     note: str = ""
+    protocol: int = 1  # raised when the same configuration would give other numbers
+    older_protocols: dict = field(default_factory=dict)  # {protocol: what was otherwise then}
 
     def __post_init__(self):
         check_choice("schedule_on", self.schedule_on, ("epoch", "validation"))
+        check_whole("protocol", self.protocol)
+        if list(self.older_protocols) != list(range(1, self.protocol)):
+            raise ValueError(
+                f"older_protocols of {self.name!r} must tell of each protocol below "
+                f"{self.protocol}, got {list(self.older_protocols)}"
+            )
         if len(set(self.task_names)) != len(self.tasks):
             raise ValueError(f"two tasks of {self.name!r} have one name: {self.task_names}")
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NORMALIZATION', 'TRUNKS', 'office31', 'officehome', 'pacs', 'ImageSplit', 'office_trunk', 'OfficeNet', 'office_tasks',
-           'office_hash', 'load_office', 'office_scales', 'office_benchmark']
+           'office_source_hash', 'office_hash', 'load_office', 'office_scales', 'office_benchmark']
 
 # %% ../../nbs/09_benchmarks/09_office.ipynb #0d08c8b0
 import functools
@@ -45,6 +45,7 @@ from dbmtl.models.efficientnet_lite0 import (
     Lite0,
     byte_statistics,
     lite0_features,
+    lite0_features_hash,
     load_lite0,
     normalize_images,
 )
@@ -210,8 +211,8 @@ def _real(name, scale, device) -> dict:
     domains = open_office(**request) or prepare_office(**request)
 
     def inputs(store: Store) -> Tensor:
-        if scale.extra["trunk"] == "lite0-frozen":
-            return lite0_features(store, device)
+        if _is_frozen(scale):
+            return lite0_features(store, device).float()
         return store.arrays["image"]
 
     samples = {}
@@ -222,23 +223,53 @@ def _real(name, scale, device) -> dict:
     return samples
 
 # %% ../../nbs/09_benchmarks/09_office.ipynb #86b8e5a4
-def office_hash(
+def office_source_hash(
     name: str,  # of the set
     scale: Scale,
-    seed: int = 0,  # of the run; the images do not depend on it
 ) -> str | None:
     "Hash of images and frozen weights, without reading them; None where nothing is prepared."
-    frozen_weights = LITE0_SHA256 if scale.extra["trunk"] == "lite0-frozen" else ""
+    frozen_weights = LITE0_SHA256 if _is_frozen(scale) else ""
     if _source(scale) == "generated":
         size = tuple(scale.extra["size"])
         classes = scale.extra["classes"]
         sources = ["office_images", name, size, classes, scale.train_size, scale.eval_size]
     else:
-        domains = open_office(**_request(name, scale))
-        if domains is None:
+        stores = _prepared_stores(name, scale)
+        if stores is None:
             return None
-        sources = [store.hash for stores in domains.values() for store in stores.values()]
+        sources = [store.hash for store in stores]
     return hashlib.sha256(repr([*sources, frozen_weights]).encode()).hexdigest()
+
+
+def office_hash(
+    name: str,  # of the set
+    scale: Scale,
+    seed: int = 0,  # of the run; the images do not depend on it
+) -> str | None:
+    "The same, and of the frozen trunk's features; None also where they are not computed yet."
+    source_hash = office_source_hash(name, scale)
+    if source_hash is None or not _has_features(scale):
+        return source_hash
+    hashes = [lite0_features_hash(store) for store in _prepared_stores(name, scale)]
+    if None in hashes:
+        return None
+    return hashlib.sha256(repr([source_hash, *hashes]).encode()).hexdigest()
+
+
+def _is_frozen(scale) -> bool:
+    return scale.extra["trunk"] == "lite0-frozen"
+
+
+def _has_features(scale) -> bool:
+    return _is_frozen(scale) and _source(scale) == "real"
+
+
+def _prepared_stores(name, scale) -> list | None:
+    "The stores of all domains and parts; None where one of them is not there."
+    domains = open_office(**_request(name, scale))
+    if domains is None:
+        return None
+    return [store for stores in domains.values() for store in stores.values()]
 
 # %% ../../nbs/09_benchmarks/09_office.ipynb #c4f9d27a
 def load_office(
@@ -266,14 +297,14 @@ def load_office(
         note=_note(name, scale),
         floors=floors["test"],
         floors_validation=floors["validation"],
+        source_hash=office_source_hash(name, scale) if _has_features(scale) else "",
     )
 
 
 def _split(inputs, labels, task, scale, device):
-    trunk = scale.extra["trunk"]
-    if trunk == "lite0-frozen":
+    if _is_frozen(scale):
         return TensorSplit(inputs.to(device), {task: labels.to(device)})
-    return ImageSplit(inputs, labels, task, trunk, device)
+    return ImageSplit(inputs, labels, task, scale.extra["trunk"], device)
 
 
 def _majority(labels, num_classes) -> Tensor:
@@ -295,7 +326,7 @@ def _note(name, scale) -> str:
     else:
         count = f"{COUNTS[name]:,} images"
     note = f"{TITLES[name]}, {count} at {height}x{width}"
-    if scale.extra["trunk"] == "lite0-frozen":
+    if _is_frozen(scale):
         note += ", features of the frozen EfficientNet-Lite0"
     return note
 
@@ -369,6 +400,8 @@ def office_benchmark(
         multi_input=True,
         data_hash=functools.partial(office_hash, name),
         note="a stand-in of Office-Home's shape, not in the paper" if name == "pacs" else "",
+        protocol=2,
+        older_protocols={1: "STL by epochs"},
     )
 
 # %% ../../nbs/09_benchmarks/09_office.ipynb #cccaf362

@@ -172,4 +172,6 @@ toy_multi = Benchmark(
     optimizer=adam,
     scheduler=functools.partial(step_decay, every=2),
     multi_input=True,
+    protocol=2,
+    older_protocols={1: "STL by epochs"},
 )

@@ -178,9 +178,10 @@ class DenseSplit:
         self.depth_unit = float(depth_unit)
         self.augment = augment
         self.inverse_depth = inverse_depth
+        self.rows = None  # those of the arrays that belong to it; None: all
 
     def __len__(self):
-        return len(self.arrays["image"])
+        return len(self.arrays["image"] if self.rows is None else self.rows)
 
     @property
     def device(self) -> torch.device:
@@ -190,7 +191,18 @@ class DenseSplit:
         "The same split with its arrays on a device."
         moved = copy.copy(self)
         moved.arrays = {name: array.to(device) for name, array in self.arrays.items()}
+        moved.rows = None if self.rows is None else self.rows.to(device)
         return moved
+
+    def part(
+        self,
+        rows: Tensor,  # [n] long, numbers of its samples
+    ):
+        "A split of some of the samples; the arrays are shared."
+        rows = rows.to(self.device)
+        chosen = copy.copy(self)
+        chosen.rows = rows if self.rows is None else self.rows[rows]
+        return chosen
 
     def batch(
         self,
@@ -198,6 +210,8 @@ class DenseSplit:
     ) -> tuple:  # (images float [B, 3, H, W] in [0, 1], {task: targets})
         "The samples numbered by the index, on its device."
         rows = index.to(self.device)
+        if self.rows is not None:
+            rows = self.rows[rows]
         batch = {}
         for name, array in self.arrays.items():
             stored = array.index_select(0, rows).to(index.device)

@@ -9,10 +9,12 @@ __all__ = ['MONITOR_DIGITS', 'Ended', 'Loop', 'loop_state', 'load_loop_state']
 import contextlib
 import copy
 import math
+from dataclasses import replace
 
 import torch
 
 from .epoch_selection import improvements
+from .method_labels import split_learning_rate
 from .records import round_numbers
 from dbmtl.experiments.step import (
     draw,
@@ -82,8 +84,11 @@ class Loop:
         seed: int,  # of initial weights, dropout and data order
         scale,  # a Scale
         device="cpu",
-        hyper: dict | None = None,  # of the method
+        hyper: dict | None = None,  # of the method; a learning rate takes the place of the scale's
     ):
+        rate, hyper = split_learning_rate(hyper or {})
+        if rate is not None:
+            scale = replace(scale, learning_rate=rate)
         self.benchmark = benchmark
         self.data = data
         self.tasks = tasks
@@ -93,7 +98,7 @@ class Loop:
 
         torch.manual_seed(seed)  # initial weights, then dropout
         self.model = benchmark.network(scale, data, self.names).to(device).train()
-        options = benchmark.balancing | (hyper or {})
+        options = benchmark.balancing | hyper
         self.balancer = make_balancer(
             method, shared=self.model.trunk, num_tasks=len(tasks), **options
         )
@@ -110,7 +115,9 @@ class Loop:
         orders = self.balancer.aggregator.num_batches
         seeds = [seed + 1_000_003 * number for number in range(orders)]
         self.generators = [torch.Generator().manual_seed(number) for number in seeds]
-        self.steps = epoch_steps(data.train, tasks, scale.batch_size, benchmark.drop_last)
+        # An epoch of a single-task network has the steps of a multi-task epoch.
+        batch_size = scale.batch_size
+        self.steps = epoch_steps(data.train, benchmark.tasks, batch_size, benchmark.drop_last)
 
         self.rows = []  # what `end_epoch` measured, an epoch each
         self.monitors = {}  # what `step` saw when it was told to look
@@ -130,14 +137,17 @@ class Loop:
         options = {"generator": generator, "steps": self.steps, "device": self.device}
         if isinstance(train, dict):
             options["drop_last"] = True
-            sizes = {name: len(train[name]) for name in self.names}
+            sizes = {name: len(train[name]) for name in self.benchmark.task_names}
+            wanted = self.names
         else:
             options["drop_last"] = self.benchmark.drop_last
             sizes = {None: len(train)}
-        return {
+            wanted = [None]
+        order = {
             name: epoch_batches(size, self.scale.batch_size, **options)
             for name, size in sizes.items()
         }
+        return {name: order[name] for name in wanted}
 
     def _tell_learning_rate(self):
         "IGBv2's reward is relative to the first learning rate."

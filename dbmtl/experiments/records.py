@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['project_root', 'runs_folder', 'figures_folder', 'configuration', 'run_identity', 'round_numbers', 'encode_record',
            'thin', 'check_structure', 'record_path', 'write_record', 'DamagedRecord', 'read_record', 'scan_records',
-           'read_records', 'find_record', 'commit', 'environment', 'selected', 'above_floor']
+           'read_records', 'find_record', 'commit', 'environment', 'selected', 'has_validation', 'protocol_note',
+           'above_floor']
 
 # %% ../../nbs/10_experiments/04_records.ipynb #995eb67f
 import hashlib
@@ -66,13 +67,17 @@ def configuration(
 ) -> dict:
     "What decides a run's numbers, as plain JSON values."
     benchmark = get_benchmark(benchmark)
+    sizes = asdict(benchmark.scale(scale))
+    hyper = dict(hyper or {})
+    if hyper.get("learning_rate") == sizes["learning_rate"]:
+        del hyper["learning_rate"]  # nothing but the default, in words
     config = {
-        "protocol": _PROTOCOL,
+        "protocol": benchmark.protocol,
         "benchmark": benchmark.name,
         "method": method,
-        "hyper": hyper or {},
+        "hyper": hyper,
         "seed": int(seed),
-        "scale": {"name": scale, **asdict(benchmark.scale(scale))},
+        "scale": {"name": scale, **sizes},
     }
     try:
         return json.loads(_canonical(config))
@@ -80,9 +85,6 @@ def configuration(
         raise ValueError(
             f"hyper={hyper!r} or the scale {scale!r} is not made of plain finite JSON values"
         ) from error
-
-
-_PROTOCOL = 1  # of the training loop
 
 
 def _canonical(value) -> str:
@@ -290,17 +292,16 @@ def record_path(
     config: dict,
     identity: str,
 ) -> Path:
-    "The file of a run."
+    "The file of a run, in a folder of its benchmark."
     name = "-".join(
         [
-            config["benchmark"],
             config["scale"]["name"],
             config["method"],
             f"s{config['seed']}",
             identity[:8],
         ]
     )
-    return Path(folder) / (re.sub(r"[^A-Za-z0-9.+-]", "_", name) + ".json")
+    return Path(folder) / config["benchmark"] / (re.sub(r"[^A-Za-z0-9.+-]", "_", name) + ".json")
 
 # %% ../../nbs/10_experiments/04_records.ipynb #b1dd1a3d
 def write_record(
@@ -382,7 +383,8 @@ def scan_records(
     "Every record of a folder, and what is damaged there; nothing if there is no such folder."
     records = []
     damaged = []
-    for path in sorted(Path(folder).glob("*.json")):
+    paths = [*Path(folder).glob("*.json"), *Path(folder).glob("*/*.json")]
+    for path in sorted(paths):
         try:
             records.append(read_record(path))
         except DamagedRecord as error:
@@ -392,7 +394,7 @@ def scan_records(
 # %% ../../nbs/10_experiments/04_records.ipynb #39720403
 def read_records(
     folder,
-    **filters,  # benchmark, method, scale, seed, state, hyper: a value, or a list of them
+    **filters,  # benchmark, method, scale, seed, state, hyper, protocol: a value, or a list
 ) -> list[dict]:  # sorted by benchmark, scale, method, seed
     """The records of a folder that pass all filters; none if there is no such folder.
 
@@ -418,6 +420,7 @@ _FILTERS = {
     "scale": lambda record: record["config"]["scale"]["name"],
     "seed": lambda record: record["config"]["seed"],
     "hyper": lambda record: record["config"]["hyper"],
+    "protocol": lambda record: record["config"]["protocol"],
     "state": lambda record: record["state"],
 }
 
@@ -433,8 +436,8 @@ def find_record(
     """
     folder = runs_folder(config["scale"]["name"]) if folder is None else folder
     beginning = "x" * 8  # of the identity, which depends on the data
-    pattern = record_path(folder, config, beginning).name.replace(beginning, "*")
-    for path in sorted(Path(folder).glob(pattern)):
+    place = record_path(folder, config, beginning)
+    for path in sorted(place.parent.glob(place.name.replace(beginning, "*"))):
         try:
             record = read_record(path)
         except DamagedRecord as error:
@@ -495,28 +498,45 @@ def environment(device="cpu") -> dict:
 # %% ../../nbs/10_experiments/04_records.ipynb #bea3b302
 def selected(
     record: dict,
-    protocol: str = "best",  # "best" epoch, on validation if there is one; or average of "last ten"
-) -> dict:  # {task: {metric: value}}
-    "A record's test metrics under one selection protocol."
+    protocol: str = "best",  # "best" epoch on validation, or average of the "last ten"
+) -> dict | None:  # {task: {metric: value}}; None: "best", and there was no validation part
+    "A record's test metrics under one selection protocol; ValueError where nothing is selected."
     starts = {"best": "best", "last ten": "average"}  # of the labels
     if protocol not in starts:
         raise unknown_name("protocol", protocol, starts)
     for label, selection in (record.get("selected") or {}).items():
         if label.startswith(starts[protocol]):
-            return selection["test"]
+            return None if label == _ON_TEST else selection["test"]
     raise ValueError(
         f"nothing is selected in a record of state {record.get('state')!r}: "
         "only finished runs count"
     )
 
+
+_ON_TEST = "best test epoch"  # the label of a choice that nobody makes any more
+
+
+def has_validation(record: dict) -> bool:
+    "Was there a validation part to choose an epoch on? True also of a run that did not finish."
+    return _ON_TEST not in (record.get("selected") or {})
+
+# %% ../../nbs/10_experiments/04_records.ipynb #265d3cd4
+def protocol_note(record: dict) -> str:  # "" for a record of today's protocol
+    "In what a record's protocol differs from today's, in the words of its benchmark."
+    try:
+        benchmark = get_benchmark(record["config"]["benchmark"])
+    except ValueError:  # one that is in no table
+        return ""
+    return benchmark.older_protocols.get(record["config"]["protocol"], "")
+
 # %% ../../nbs/10_experiments/04_records.ipynb #35e24be0
 def above_floor(
     record: dict,
     margin: float = 0.05,  # relative gain over the floor that counts as clear
-    protocol: str = "best",  # "best" or "last ten": which selection's test metrics
+    protocol: str = "best",  # which selection's metrics; where it is None, the last ten's
 ) -> dict:  # {task: bool}
     "Which tasks are clearly better than the trivial predictor on the test split."
-    test = selected(record, protocol)
+    test = selected(record, protocol) or selected(record, "last ten")
     is_above = {}
     for task, floors in record["floors"]["test"].items():
         gains = []

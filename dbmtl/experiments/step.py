@@ -36,7 +36,7 @@ def epoch_batches(
 # %% ../../nbs/10_experiments/08_step.ipynb #766fdd70
 def epoch_steps(
     train,  # a split, or {task: split}
-    tasks,  # the tasks in training
+    tasks,  # all of the benchmark
     batch_size: int,
     drop_last: bool = False,
 ) -> int:

@@ -57,7 +57,7 @@ class Run:
         seed: int,  # of initial weights, dropout and data order
         scale: str,  # a name of benchmark.scales
         device,
-        hyper: dict | None,  # of the method
+        hyper: dict | None,  # of the method, and `learning_rate`
         data,  # from benchmark.load
         monitor_every: int = 0,  # steps between two looks at the raw gradients (0: none)
     ):
@@ -80,16 +80,14 @@ class Run:
         self.parts = [(task,) for task in benchmark.tasks] if is_stl else [benchmark.tasks]
         check_whole("monitor_every", monitor_every, at_least=0)
         self.monitor_every = 0 if is_stl else monitor_every
-        self.steps = self.scale.epochs * sum(self._steps_of_epoch(part) for part in self.parts)
+        batch_size = self.scale.batch_size
+        steps = epoch_steps(data.train, benchmark.tasks, batch_size, benchmark.drop_last)
+        self.steps = self.scale.epochs * steps * len(self.parts)
 
         self.rows = []  # of the networks that are done
         self.step = 0  # over all networks
         self.seconds = {"train": 0.0, "evaluation": 0.0, "sessions": 1}
         self.start_network(0)
-
-    def _steps_of_epoch(self, tasks) -> int:
-        batch_size = self.scale.batch_size
-        return epoch_steps(self.data.train, tasks, batch_size, self.benchmark.drop_last)
 
     def start_network(self, number: int):
         "Make network `number` anew: the only one, or that of a task for STL."
@@ -195,9 +193,8 @@ def learning_curves(
     curves = {"epochs": list(range(1, epochs + 1))}
     for rows in parts:
         for split in ("train", "validation", "test"):
-            if rows[0][split] is not None:
-                columns = _columns([row[split] for row in rows])
-                curves.setdefault(split, {}).update(columns)
+            columns = _columns([row[split] for row in rows])
+            curves.setdefault(split, {}).update(columns)
     return curves
 
 
@@ -217,6 +214,9 @@ def make_record(
     if len(rows) < len(run.parts) and run.loop.rows:
         rows.append(run.loop.rows)  # the network that was in training when the run ended
     is_finished = state == "finished"
+    data = {"hash": run.data.hash, "note": run.data.note}
+    if run.data.source_hash:
+        data["source_hash"] = run.data.source_hash
     loop = run.loop
     shared = sum(parameter.numel() for parameter in loop.model.trunk.parameters())
     total = sum(parameter.numel() for parameter in loop.model.parameters())
@@ -224,7 +224,7 @@ def make_record(
     return {
         "identity": run.identity,
         "config": run.config,
-        "data": {"hash": run.data.hash, "note": run.data.note},
+        "data": data,
         "state": state,
         "reason": reason,
         "step": run.step,
@@ -253,7 +253,7 @@ def train(
     device="cpu",
     out=None,  # folder of the record; `runs_folder(scale)` if None
     budget: float | None = None,  # seconds, at least one step; then stop at a checkpoint
-    hyper: dict | None = None,  # of the method
+    hyper: dict | None = None,  # of the method, and `learning_rate` in place of the scale's
     data=None,  # what benchmark.load gave, if it is at hand
     checkpoints=None,  # folder; out/checkpoints if None
     checkpoint_seconds: float = 60.0,  # store that often

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LITE0_SHA256', 'LITE0_MEAN', 'LITE0_STD', 'SameConv', 'InvertedResidual', 'Lite0', 'load_lite0', 'normalize_images',
-           'byte_statistics', 'pooled_features', 'lite0_features']
+           'byte_statistics', 'pooled_features', 'lite0_features', 'lite0_features_hash']
 
 # %% ../../nbs/08_models/06_efficientnet_lite0.ipynb #4d04868a
 import contextlib
@@ -213,16 +213,15 @@ def lite0_features(
     store: Store,  # of images
     device="cpu",
     progress: bool | None = None,  # a bar; None: on a terminal
-) -> Tensor:  # float32 [n, 1280], memory-mapped
+) -> Tensor:  # float16 [n, 1280], memory-mapped
     "The features of the frozen pretrained Lite0, from the cache or computed into it."
-    key = hashlib.sha256(f"{store.hash} {LITE0_SHA256}".encode()).hexdigest()[:32]
-    path = cache_folder() / "lite0" / f"{key}.npy"
+    path = _features_path(store)
     if not _is_whole(path):
         network = load_lite0(Lite0())
         batch_size = 4 if torch.device(device).type == "cpu" else 64
         rows = pooled_features(network, store.arrays["image"], device, batch_size, progress)
         content = io.BytesIO()
-        np.save(content, rows.numpy())
+        np.save(content, rows.half().numpy())
         write_atomically(path, content.getvalue())
         digest = hashlib.sha256(content.getvalue()).hexdigest()
         write_atomically(_hash_path(path), digest.encode())
@@ -230,15 +229,33 @@ def lite0_features(
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
+def lite0_features_hash(
+    store: Store,  # of images
+) -> str | None:  # sha256
+    "The hash of the features in the cache, which are not read; None where there are none."
+    path = _features_path(store)
+    return _hash_path(path).read_text() if _is_complete(path) else None
+
+
+def _features_path(store: Store) -> Path:
+    key = hashlib.sha256(f"{store.hash} {LITE0_SHA256} float16".encode()).hexdigest()[:32]
+    return cache_folder() / "lite0" / f"{key}.npy"
+
+
 def _hash_path(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
+def _is_complete(path: Path) -> bool:
+    "The hash is written last."
+    return path.exists() and _hash_path(path).exists()
+
+
 def _is_whole(path: Path) -> bool:
-    "Are there features, undamaged? Those that were stored before there were hashes count as such."
-    if not path.exists():
+    "Are there features, undamaged?"
+    if not _is_complete(path):
         return False
-    if not _hash_path(path).exists() or is_intact(path, _hash_path(path).read_text()):
+    if is_intact(path, _hash_path(path).read_text()):
         return True
     warnings.warn(f"{path} is damaged: its features are computed again", stacklevel=3)
     return False

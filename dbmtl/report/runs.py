@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..benchmarks.base import get_benchmark
 from ..experiments.method_labels import label_of
-from ..experiments.records import configuration, read_records, runs_folder
+from ..experiments.records import configuration, protocol_note, read_records, runs_folder
 from ..experiments.replay import is_current
 from ..registry import method_names
 
@@ -124,28 +124,29 @@ def _require_same(expected, scope, values, run):
         names = ", ".join(differing)
         raise ValueError(f"{run}, is not comparable: its {names} differ from the rest")
 
-# %% ../../nbs/11_report/04_runs.ipynb #18467ffd
+# %% ../../nbs/11_report/04_runs.ipynb #e1bd0a98
 def current_records(
     records: list[dict],
     benchmark,  # a Benchmark, or its name
     scale: str,
     labels=None,  # methods, with their settings; None: whatever has no settings of its own
+    protocol: int | None = None,  # an older one of the benchmark; None: today's
 ) -> list[dict]:
     "The records of a benchmark and scale that are configured as they would be today."
     benchmark = get_benchmark(benchmark)
+    protocol = protocol or benchmark.protocol
     current = []
     for record in records:
         config = record["config"]
         if (config["benchmark"], config["scale"]["name"]) != (benchmark.name, scale):
             continue
         is_wanted = not config["hyper"] if labels is None else label_of(record) in labels
-        if is_wanted and config == configuration(
-            benchmark, config["method"], config["seed"], scale, config["hyper"]
-        ):
+        today = configuration(benchmark, config["method"], config["seed"], scale, config["hyper"])
+        if is_wanted and config == today | {"protocol": protocol}:
             current.append(record)
     return current
 
-# %% ../../nbs/11_report/04_runs.ipynb #63dd926a
+# %% ../../nbs/11_report/04_runs.ipynb #ebfaec8a
 SCALES_BEST_FIRST = ("paper", "gpu", "paper-scratch", "gpu-scratch", "cpu", "early", "generated")
 
 
@@ -166,10 +167,11 @@ def records_to_draw(
     for scale in SCALES_BEST_FIRST:
         if scale not in benchmark.scales:
             continue
-        records = current_records(committed, benchmark, scale, labels)
-        finished = {label_of(record) for record in records if record["state"] == "finished"}
-        if baseline in finished and len(finished) >= needed:
-            return scale, records
+        for protocol in range(benchmark.protocol, 0, -1):
+            records = current_records(committed, benchmark, scale, labels, protocol)
+            finished = {label_of(record) for record in records if record["state"] == "finished"}
+            if baseline in finished and len(finished) >= needed:
+                return scale, records
     return (made[0]["config"]["scale"]["name"] if made else "not run"), made
 
 # %% ../../nbs/11_report/04_runs.ipynb #4f009f8d
@@ -192,6 +194,7 @@ def describe_runs(records: list[dict]) -> str:
         ", ".join(sorted(notes)),
         " and ".join(sorted(devices)),
         _seeds_in_words(records),
+        ", ".join(sorted({protocol_note(record) for record in records} - {""})),
         _age_in_words(records),
     ]
     return "; ".join(part for part in parts if part)

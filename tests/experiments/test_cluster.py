@@ -256,7 +256,7 @@ def test_a_run_whose_sweep_is_gone_stops_at_a_checkpoint(tmp_path):
     assert (
         told["code"] == 130 and told["report"]["state"] == "stopped" and told["report"]["step"] > 0
     )
-    assert list(out.glob("checkpoints/*.pt")) and not list(out.glob("*.json"))
+    assert list(out.glob("checkpoints/*.pt")) and not list(out.glob("*/*.json"))
 
 
 @pytest.fixture
@@ -326,7 +326,7 @@ def test_the_worker_passes_on_time_parent_and_first_mark(tmp_path, program):
 
 def test_a_repeated_fresh_run_goes_on_where_its_first_attempt_was(tmp_path):
     old = run_all("toy", ["EW"], out=tmp_path)[0]
-    path = next(tmp_path.glob("*.json"))
+    path = next(tmp_path.glob("*/*.json"))
     os.utime(path, (1000, 1000))
     assert (
         run_all("toy", ["EW"], out=tmp_path, fresh=True, since=2000)[0]["steps_now"] == 18
@@ -411,7 +411,7 @@ def test_a_run_that_ended_before_its_worker_was_lost_is_not_done_twice(tmp_path)
 
 def test_a_repeated_run_waits_until_its_orphan_lets_go(tmp_path, monkeypatch):
     record = run_all("toy", ["EW"], out=tmp_path)[0]
-    next(tmp_path.glob("*.json")).unlink()
+    next(tmp_path.glob("*/*.json")).unlink()
     lock = open(tmp_path / "checkpoints" / f"{record['identity']}.lock", "w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     begin, outcomes, outcome = module._begin, [], module._outcome
@@ -647,7 +647,7 @@ def test_a_real_cluster_is_stopped_continued_and_loses_a_worker(name, tmp_path):
         assert (
             shown.count("stopped at step") == 2
             and shown.count("pending") == 1
-            and not list(out.glob("*.json"))
+            and not list(out.glob("*/*.json"))
         )
 
         process = sweep(name, out, plain | found)

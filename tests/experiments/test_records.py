@@ -192,8 +192,15 @@ def trained(tmp_path_factory):
     """The file of a trained run, and what it holds; to be copied before it is changed."""
     folder = tmp_path_factory.mktemp("trained")
     train("toy", "EW", out=folder, monitor_every=6)
-    (path,) = folder.glob("*.json")
+    (path,) = folder.glob("*/*.json")
     return path, json.loads(path.read_text())
+
+
+def in_its_place(folder, trained):
+    """Where a copy of the record belongs."""
+    path = folder / "toy" / trained[0].name
+    path.parent.mkdir()
+    return path
 
 
 CHANGES = {
@@ -225,7 +232,7 @@ FINITE = {"another number", "another selection"}  # what only a checksum can not
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_record_that_was_changed_is_damaged(tmp_path, trained, change):
-    path = tmp_path / trained[0].name
+    path = in_its_place(tmp_path, trained)
     changes = CHANGES[change].copy()
     path.write_text(json.dumps(spoil(trained[1], *changes.pop("place"), **changes)))
     with pytest.raises(DamagedRecord, match=re.escape(path.name)):
@@ -237,7 +244,7 @@ def test_a_record_that_was_changed_is_damaged(tmp_path, trained, change):
 @pytest.mark.parametrize("change", [change for change in CHANGES if change not in FINITE])
 def test_a_record_of_before_checksums_must_be_complete(tmp_path, trained, change):
     legacy = spoil(trained[1], "checksum", drop=True)
-    path = tmp_path / trained[0].name
+    path = in_its_place(tmp_path, trained)
     path.write_text(json.dumps(legacy))
     assert read_record(path) == legacy
     changes = CHANGES[change].copy()
@@ -249,7 +256,7 @@ def test_a_record_of_before_checksums_must_be_complete(tmp_path, trained, change
 def test_a_flipped_bit_in_any_line_is_noticed(tmp_path, trained):
     content = trained[0].read_bytes()
     lines = content.splitlines(keepends=True)
-    path = tmp_path / trained[0].name
+    path = in_its_place(tmp_path, trained)
     position = 0
     for line in lines:
         middle = position + len(line.rstrip(b",\n")) - 2  # within the value, or the only bracket
@@ -268,7 +275,7 @@ def test_gaps_in_monitors_are_no_damage(tmp_path, trained):
     gap = spoil(trained[1], "monitors", "cosines", "unit|large", 1)
     del gap["checksum"]
     assert read_record(write_record(gap, tmp_path)) == gap
-    path = tmp_path / trained[0].name
+    path = in_its_place(tmp_path, trained)
     path.write_text(json.dumps(gap))
     assert read_record(path) == gap
 
@@ -585,7 +592,7 @@ def test_a_configuration_keeps_all_its_digits(tmp_path):
 
 def test_a_trained_run_with_a_third_is_found_again(tmp_path):
     first = train("toy", "DB-MTL", out=tmp_path, hyper={"beta": 1 / 3})
-    assert read_record(next(tmp_path.glob("*.json")))["curves"] == first["curves"]
+    assert read_record(next(tmp_path.glob("*/*.json")))["curves"] == first["curves"]
 
 
 def test_monitors_are_thinned_to_one_look_before_giving_up():

@@ -468,7 +468,7 @@ def test_every_method_has_a_style(name):
 
 def test_committed_runs_keep_their_identities():
     found = [
-        read_record(path) for path in sorted((FIGURES / "runs").glob("*.json"))
+        read_record(path) for path in sorted((FIGURES / "runs").rglob("*.json"))
     ]  # compares identity and content
     assert len(found) >= 15
     for record in found:
