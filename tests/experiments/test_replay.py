@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -352,6 +353,15 @@ def test_a_killed_process_is_told_and_the_others_are_replayed(runs, monkeypatch,
     monkeypatch.undo()
     assert main(["--runs", str(runs), "--missing"]) == 0
     assert [found["outcome"] for found in read_replays(runs).values()] == ["exact"] * 5
+
+
+@pytest.mark.full
+def test_ctrl_c_is_left_to_the_process_that_asked(monkeypatch):
+    """A terminal sends it to the whole group; the processes bring what is in hand to its end."""
+    monkeypatch.setattr(lab, "_replay_group", eval)  # of what another process can import
+    group = "[__import__('signal').getsignal(__import__('signal').SIGINT)]"
+    handlers = lab._in_processes(deque([group]), jobs=2, stop=lambda: False)
+    assert list(handlers) == [signal.SIG_IGN]
 
 
 def test_data_are_loaded_once_for_records_that_share_them(runs, monkeypatch):
