@@ -318,7 +318,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(grads, where, valu
 
 
 def test_a_gradient_that_is_not_finite_is_told_where_no_length_enters_the_weights():
-    """The average goes on from finite numbers, so the weight alone can say that one was left out."""
+    """The average goes on from finite numbers: the weight alone can say what was left out."""
     model = net()
     shared = model["trunk"]
     balancer = Balancer(Log(), Sum(), shared=shared, num_tasks=3, ema=EMA(0.5))

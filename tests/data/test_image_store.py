@@ -564,6 +564,7 @@ def test_image_store_flipped_bit_is_noticed_and_mended(items, name, position):
     assert_close(open_store("set").arrays["number"], torch.arange(5))
 
 
+@pytest.mark.full
 def test_image_store_flipped_bit_is_noticed_by_another_process(items):
     store = build_store("set", items, Reader(), FIELDS)
     shown = [subprocess.run([sys.executable, "-c", OPEN], capture_output=True, text=True).stdout]

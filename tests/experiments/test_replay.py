@@ -5,6 +5,7 @@ import copy
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections import deque
 from dataclasses import replace
@@ -33,10 +34,16 @@ from dbmtl.experiments.train import train
 RUNS = Path(__file__).resolve().parents[2] / "figures/runs"
 
 
+@pytest.fixture(scope="module")
+def trained_record(tmp_path_factory):
+    out = tmp_path_factory.mktemp("made")
+    return train("toy", "DB-MTL", seed=3, out=out, monitor_every=4)
+
+
 @pytest.fixture
-def record(tmp_path):
+def record(trained_record):
     """A finished run of the toy with monitors."""
-    return train("toy", "DB-MTL", seed=3, out=tmp_path / "made", monitor_every=4)
+    return copy.deepcopy(trained_record)
 
 
 # --------------------------------------------------------------------------------------- one record
@@ -253,14 +260,19 @@ def test_an_error_that_is_not_the_methods_is_not_hidden(record):
 # ----------------------------------------------------------------------------------------- the file
 
 
-@pytest.fixture
-def runs(tmp_path):
-    """A folder with four records of two benchmarks."""
-    folder = tmp_path / "figures/runs"
+@pytest.fixture(scope="module")
+def trained_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
     for name in ("toy", "toy-multi"):
         for method in ("EW", "STL"):
             train(name, method, out=folder, monitor_every=4)
     return folder
+
+
+@pytest.fixture
+def runs(trained_runs, tmp_path):
+    """A folder with four records of two benchmarks."""
+    return shutil.copytree(trained_runs, tmp_path / "figures/runs")
 
 
 def records_of(folder):
