@@ -5,6 +5,7 @@ import fnmatch
 import json
 import os
 import re
+import shlex
 import sys
 import tempfile
 import time
@@ -107,10 +108,14 @@ def requested_parameters(args, declared):
 
 
 def use_own_kernel(folder):
-    """Makes `python3` mean this very interpreter, whatever kernels the machine has."""
+    """Makes `python3` mean this very interpreter, whatever kernels the machine has.
+
+    DBMTL_KERNEL_PYTHON, a command line, takes its place: the tests start kernels faster.
+    """
+    python = shlex.split(os.environ.get("DBMTL_KERNEL_PYTHON", "")) or [sys.executable]
     kernel = {
         "argv": [
-            sys.executable,
+            *python,
             "-m",
             "ipykernel_launcher",
             "-f",

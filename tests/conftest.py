@@ -2,10 +2,17 @@
 
 import os
 import random
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_addoption(parser):
@@ -56,6 +63,34 @@ def pytest_runtest_makereport(item, call):
         report.outcome = "failed"
         report.longrepr = f"DBMTL_DATA is set, yet: {reason}"
     return report
+
+
+@pytest.fixture(scope="session")
+def warm_python():
+    """The beginning of a command line, as `[sys.executable]`: see tests/helpers/warm_python.py.
+
+    What it runs writes pictures where a notebook shows them, has one thread and finds dbmtl.
+    """
+    program = str(ROOT / "tests" / "helpers" / "warm_python.py")
+    environment = os.environ | {
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # else read from a kernel's own
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    with tempfile.TemporaryDirectory(prefix="dbmtl") as folder:  # a socket's path must be short
+        socket = f"{folder}/socket"
+        server = subprocess.Popen(
+            [sys.executable, program, "serve", socket],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert server.stdout.readline() == "ready\n"
+        yield [sys.executable, "-S", program, socket]
+        os.killpg(server.pid, signal.SIGKILL)  # with what it still runs
+        server.communicate()
 
 
 @pytest.fixture(autouse=True)

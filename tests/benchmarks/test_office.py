@@ -360,6 +360,7 @@ def test_office_generated_images_can_be_learned():
 # ------------------------------------------------------------------------------------- real images
 
 
+@pytest.mark.full
 @pytest.mark.data
 @needs_lite0
 @pytest.mark.parametrize("name", ["office31", "pacs"])

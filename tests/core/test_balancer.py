@@ -408,6 +408,16 @@ def test_describe_tells_the_partition():
     assert lines[0] == repr(balancer) and "DBMTL(Log(eps=1e-08), MaxNorm(alpha='max'" in lines[0]
 
 
+def test_describe_tells_of_what_one_task_alone_reaches_in_shared():
+    a, b, c = (nn.Parameter(torch.ones(n)) for n in (1, 2, 3))
+    balancer = Balancer(Identity(), MaxNorm(), shared=[a, b, c], num_tasks=3)
+    balancer.backward([(a * b * c[:2]).sum(), (a * b).sum(), a.square().sum()])
+    lines = balancer.describe().splitlines()
+    assert [line for line in lines if "alone" in line] == [
+        "in shared, but reached by 0 alone: 1 tensors, 3 parameters"
+    ]
+
+
 # ------------------------------------------------------------------------------ slopes and weights
 
 

@@ -32,6 +32,20 @@ def test_write_atomically_keeps_the_old_file_when_writing_fails(tmp_path, monkey
     assert [entry.name for entry in path.parent.iterdir()] == ["record.json"]
 
 
+def test_write_atomically_has_the_whole_content_on_disk_before_the_file_is_seen(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "record.json"
+    seen = []
+
+    def look(file):
+        seen.append((os.fstat(file).st_size, path.exists()))
+
+    monkeypatch.setattr(files.os, "fsync", look)
+    write_atomically(path, b"short")
+    assert seen == [(5, False)]
+
+
 def test_two_processes_write_one_file_and_the_last_one_stays(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
     sync = os.fsync

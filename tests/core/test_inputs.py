@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from dbmtl import DBMTL, EMA, IMTLL, Balancer, Log, MaxNorm, make_balancer
+from dbmtl import DBMTL, EMA, IMTLL, Balancer, Log, MaxNorm, Sum, make_balancer
 from dbmtl.core.aggregator import GramianAggregator
 from dbmtl.core.inputs import ScaleWatch
 
@@ -315,6 +315,21 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(grads, where, valu
     model.zero_grad()
     balancer.backward(losses_of(model))
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_gradient_that_is_not_finite_is_told_where_no_length_enters_the_weights():
+    """The average goes on from finite numbers: the weight alone can say what was left out."""
+    model = net()
+    shared = model["trunk"]
+    balancer = Balancer(Log(), Sum(), shared=shared, num_tasks=3, ema=EMA(0.5))
+    balancer.backward(losses_of(model))
+    model.zero_grad()
+    losses = losses_of(model)
+    losses[1].register_hook(lambda g: g * math.inf)
+    balancer.backward(losses)
+    assert balancer.weights.isnan().tolist() == [False, True, False]
+    assert not any(p.grad.isfinite().all() for p in shared.parameters())
+    assert all(g.isfinite().all() for row in balancer.ema.rows.values() for g in row.values())
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])

@@ -294,6 +294,18 @@ def test_an_accumulated_loss_outside_the_domain_is_named_and_nothing_changed():
     assert_close(balancer.slopes, torch.tensor([0.5, 1.0]).double())
 
 
+@pytest.mark.parametrize("order", [(True, False), (False, True)])
+def test_a_scaler_that_accumulated_once_must_finish_the_step(order):
+    theta = torch.nn.Parameter(torch.ones(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    balancer = DBMTL(shared=[theta], num_tasks=2)
+    for is_scaled in order:
+        losses = [theta.square().sum(), theta.sum()]
+        balancer.accumulate(losses, 4, scaler=scaler if is_scaled else None)
+    with pytest.raises(ValueError, match="give it to backward.. as well"):
+        balancer.backward()
+
+
 def test_a_scaler_that_accumulated_must_finish_the_step():
     """Without it `.grad` would be unscaled, and `scaler.step` would divide it once more."""
     theta = torch.nn.Parameter(torch.ones(2))

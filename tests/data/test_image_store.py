@@ -467,13 +467,22 @@ def test_image_store_refuses_empty_twice_named_and_nested(items):
         build_store("a/b", items, Reader(), FIELDS)
 
 
+def free_bytes(count):
+    """In place of `shutil.disk_usage`."""
+    return lambda path: shutil._ntuple_diskusage(100, 100 - count, count)
+
+
 def test_image_store_full_disk_is_said_before_the_work(items, cache, monkeypatch):
     cache.mkdir()
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
     reader = Reader()
-    with pytest.raises(OSError, match="set needs"):
-        build_store("set", items, reader, FIELDS)
+    needed = len(items) * (2 * 3 + 8)
+    for free in (1, needed - 1):
+        monkeypatch.setattr(shutil, "disk_usage", free_bytes(free))
+        with pytest.raises(OSError, match="set needs"):
+            build_store("set", items, reader, FIELDS)
     assert reader.calls == [] and leftovers(cache) == []
+    monkeypatch.setattr(shutil, "disk_usage", free_bytes(needed))
+    assert len(build_store("set", items, reader, FIELDS)) == len(items)
 
 
 def test_image_store_notices_sources_that_change_meanwhile(items, cache):
@@ -555,6 +564,7 @@ def test_image_store_flipped_bit_is_noticed_and_mended(items, name, position):
     assert_close(open_store("set").arrays["number"], torch.arange(5))
 
 
+@pytest.mark.full
 def test_image_store_flipped_bit_is_noticed_by_another_process(items):
     store = build_store("set", items, Reader(), FIELDS)
     shown = [subprocess.run([sys.executable, "-c", OPEN], capture_output=True, text=True).stdout]

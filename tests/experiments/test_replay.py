@@ -5,7 +5,9 @@ import copy
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,10 +42,16 @@ from dbmtl.experiments.train import train
 RUNS = Path(__file__).resolve().parents[2] / "figures/runs"
 
 
+@pytest.fixture(scope="module")
+def trained_record(tmp_path_factory):
+    out = tmp_path_factory.mktemp("made")
+    return train("toy", "DB-MTL", seed=3, out=out, monitor_every=4)
+
+
 @pytest.fixture
-def record(tmp_path):
+def record(trained_record):
     """A finished run of the toy with monitors."""
-    return train("toy", "DB-MTL", seed=3, out=tmp_path / "made", monitor_every=4)
+    return copy.deepcopy(trained_record)
 
 
 # --------------------------------------------------------------------------------------- one record
@@ -310,14 +318,19 @@ def test_an_error_that_is_not_the_methods_is_not_hidden(record):
 # ----------------------------------------------------------------------------------------- the file
 
 
-@pytest.fixture
-def runs(tmp_path):
-    """A folder with four records of two benchmarks."""
-    folder = tmp_path / "figures/runs"
+@pytest.fixture(scope="module")
+def trained_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
     for name in ("toy", "toy-multi"):
         for method in ("EW", "STL"):
             train(name, method, out=folder, monitor_every=4)
     return folder
+
+
+@pytest.fixture
+def runs(trained_runs, tmp_path):
+    """A folder with four records of two benchmarks."""
+    return shutil.copytree(trained_runs, tmp_path / "figures/runs")
 
 
 def records_of(folder):
@@ -410,6 +423,15 @@ def test_a_killed_process_is_told_and_the_others_are_replayed(runs, monkeypatch,
     monkeypatch.undo()
     assert main(["--runs", str(runs), "--missing"]) == 0
     assert [found["outcome"] for found in read_replays(runs).values()] == ["exact"] * 5
+
+
+@pytest.mark.full
+def test_ctrl_c_is_left_to_the_process_that_asked(monkeypatch):
+    """A terminal sends it to the whole group; the processes bring what is in hand to its end."""
+    monkeypatch.setattr(lab, "_replay_group", eval)  # of what another process can import
+    group = "[__import__('signal').getsignal(__import__('signal').SIGINT)]"
+    handlers = lab._in_processes(deque([group]), jobs=2, stop=lambda: False)
+    assert list(handlers) == [signal.SIG_IGN]
 
 
 def test_data_are_loaded_once_for_records_that_share_them(runs, monkeypatch):

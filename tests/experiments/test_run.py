@@ -583,6 +583,46 @@ def test_a_worker_gets_whole_paths_and_one_thread(tmp_path, monkeypatch):
     assert (told["env"]["OMP_NUM_THREADS"], told["env"]["MKL_NUM_THREADS"]) == ("1", "1")
 
 
+def test_an_error_of_one_process_ends_the_others(tmp_path, monkeypatch):
+    """Nobody is left to hear what they find."""
+
+    class Process:
+        def __init__(self, line, **options):
+            is_first = "EW" in line
+            self.returncode = 2 if is_first else None
+            self.signals = []
+            processes.append(self)
+
+        def poll(self):
+            return self.returncode
+
+        def send_signal(self, number):
+            self.signals.append(number)
+            self.returncode = -number
+
+        def wait(self):
+            assert self.returncode is not None, "waits for a process that goes on for hours"
+
+    processes = []
+    monkeypatch.setattr(lab.subprocess, "Popen", Process)
+    monkeypatch.setattr(lab, "commit", lambda: None)
+    monkeypatch.setattr(lab, "find_record", lambda *arguments: None)
+    with pytest.raises(FileNotFoundError, match="EW seed 0 ended with 2"):
+        run_all("toy", ["EW", "DB-MTL"], out=tmp_path, jobs=2)
+    assert [process.signals for process in processes] == [[], [signal.SIGTERM]]
+
+
+@pytest.mark.parametrize(
+    ("code", "state"), [(None, "pending"), (0, "pending"), (-15, "pending"), (1, "lost")]
+)
+def test_a_worker_that_leaves_no_report_has_failed_only_where_its_code_says_so(
+    tmp_path, code, state
+):
+    (run,) = plan(toy, ["EW"], [0], "smoke", tmp_path)
+    outcome = {"host": "there", "code": code, "report": None, "errors": ""}
+    assert lab._returned(run, tmp_path, outcome)["state"] == state
+
+
 def test_a_record_of_another_machine_is_waited_for_and_not_for_ever(tmp_path, monkeypatch):
     (run,) = plan(toy, ["EW"], [0], "smoke", tmp_path)
     report = {"state": "finished", "steps": 18}

@@ -22,6 +22,11 @@ def test_short_tasks_cycle_with_fresh_permutations():
     assert passes[0] != passes[1] != passes[2]
 
 
+def test_short_tasks_leave_out_the_rest_of_each_permutation():
+    batches = epoch_batches(10, 4, torch.Generator().manual_seed(0), steps=5, drop_last=True)
+    assert [len(batch) for batch in batches] == [4] * 5
+
+
 def test_a_task_smaller_than_a_batch_gives_all_it_has():
     assert [
         len(b)
@@ -67,3 +72,14 @@ def test_a_trunk_that_is_called_twice_is_named():
     with pytest.raises(TypeError, match="called 2 times: .* needs 1"), trunk_features(model, [0]):
         trunk(trunk(torch.ones(1)))
     assert not trunk._forward_hooks
+
+
+def test_a_trunk_of_several_inputs_is_called_once_a_task():
+    model = nn.Module()
+    model.trunk = nn.Linear(1, 1)
+    with trunk_features(model, ["a", "b"], multi_input=True) as features:
+        outputs = [model.trunk(torch.full((1, 1), float(n))) for n in range(2)]
+    assert features == outputs
+    with pytest.raises(TypeError, match="called 1 times: .* needs 2"):
+        with trunk_features(model, ["a", "b"], multi_input=True):
+            model.trunk(torch.ones(1, 1))

@@ -192,6 +192,7 @@ def probe(train_x, train_y, test_x, test_y, classes):
     return 100 * float(((z @ weights).argmax(1) == test_y).float().mean())
 
 
+@pytest.mark.full
 @pytest.mark.data
 @needs_lite0
 def test_office31_pretrained_features_beat_random_ones(tmp_path, monkeypatch):

@@ -1,9 +1,14 @@
-"""Every notebook runs once, by papermill in a process of its own: that is its test."""
+"""Every notebook runs once, by papermill in a process of its own: that is its test.
+
+The processes are forks of one that has imported torch and the like (`warm_python`); the tests of
+the runner itself start as a user does.
+"""
 
 import ast
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,10 +42,10 @@ NOTEBOOKS = sorted(
 WITH_PARAMETERS = [name for name in NOTEBOOKS if parameter_cells(name)]
 
 
-def reproduce(*args, out, root=ROOT, **environment):
+def reproduce(*args, out, root=ROOT, python=(sys.executable,), **environment):
     """The command without its set-up, with a folder of its own for all that it writes."""
     return subprocess.run(
-        [sys.executable, root / "ci" / "run_notebooks.py", *args],
+        [*python, root / "ci" / "run_notebooks.py", *args],
         env=os.environ | {"DBMTL_OUT": str(out), "OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
@@ -50,9 +55,10 @@ def reproduce(*args, out, root=ROOT, **environment):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebook(name, tmp_path):
+def test_notebook(name, tmp_path, warm_python):
     """From no records at all; one that asks for runs must have taken steps, and recorded it."""
-    done = reproduce("--only", name, out=tmp_path)
+    kernel = shlex.join(warm_python)
+    done = reproduce("--only", name, out=tmp_path, python=warm_python, DBMTL_KERNEL_PYTHON=kernel)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     assert (tmp_path / "out" / "notebooks" / f"{name}.ipynb").exists()
     asks = re.search(r"\b(run_all|ask)\(", path_of(name).read_text(encoding="utf-8"))

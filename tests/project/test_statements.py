@@ -1,6 +1,7 @@
 """One thought a statement: what neither ruff nor its formatter forbids."""
 
 import ast
+import functools
 import json
 from pathlib import Path
 
@@ -18,12 +19,14 @@ def files():
                 yield path
 
 
-def sources(path):
-    """The text of a script, or the code cells of a notebook."""
+@functools.cache
+def trees(path):
+    """A script, or the code cells of a notebook, parsed."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
-        return [text]
-    return ["".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+        return [ast.parse(text)]
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    return [ast.parse("".join(cell["source"])) for cell in cells]
 
 
 def calls(node):
@@ -48,10 +51,10 @@ def nested_conditionals(tree):
                 yield ast.unparse(node)
 
 
-@pytest.mark.parametrize("path", list(files()), ids=lambda path: path.relative_to(ROOT).as_posix())
 @pytest.mark.parametrize("rule", [packed_assignments, nested_conditionals])
+@pytest.mark.parametrize("path", list(files()), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_one_thought_a_statement(rule, path):
-    assert [line for source in sources(path) for line in rule(ast.parse(source))] == []
+    assert [line for tree in trees(path) for line in rule(tree)] == []
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ def test_no_smoke_record_is_tracked():
     assert [path for path, text in records.items() if re.search(r'"name": "smoke"', text)] == []
 
 
+@pytest.mark.full
 def test_no_foreign_words():
     readable = [path for path in tracked() if path.suffix not in BINARY]
     texts = [(path, (ROOT / path).read_text(encoding="utf-8")) for path in readable]

@@ -255,6 +255,7 @@ def drawn_with(noise, kind):
     return fig
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["bars", "curves", "logarithmic", "diagonal", "marks"])
 def test_a_picture_is_the_same_bytes_with_rounding_errors(tmp_path, kind):
     random = np.random.default_rng(0)

@@ -3,8 +3,8 @@
 import csv
 import json
 import os
+import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -72,11 +72,11 @@ def test_qm9_early_scale_is_past_the_warm_ups():
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
+def smoke(tmp_path_factory, warm_python):
     """The notebook on runs of its own."""
     out = tmp_path_factory.mktemp("early")
     command = [
-        sys.executable,
+        *warm_python,
         ROOT / "ci" / "run_notebooks.py",
         "--only",
         "16_studies/04_early_training",
@@ -85,7 +85,12 @@ def smoke(tmp_path_factory):
         "3",
     ]
     command += ["-p", "methods", "EW,DWA,PCGrad,DB-MTL,GradDrop"]
-    env = {**os.environ, "DBMTL_OUT": str(out), "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "DBMTL_OUT": str(out),
+        "OMP_NUM_THREADS": "1",
+        "DBMTL_KERNEL_PYTHON": shlex.join(warm_python),
+    }
     done = subprocess.run(
         command, env=env, capture_output=True, text=True, timeout=180, stdin=subprocess.DEVNULL
     )
@@ -107,6 +112,7 @@ def test_early_training_takes_steps_and_draws_its_own_records(smoke):
     assert numbers(weights, "DB-MTL").std() > 0.1 and len(numbers(weights, "GradDrop")) == 0
 
 
+@pytest.mark.full
 def test_early_training_says_what_it_is_and_ranks_nothing(smoke):
     text = (smoke / "figures" / "qm9_early.md").read_text()
     lines = [
