@@ -199,7 +199,7 @@ def trained(tmp_path_factory):
 def in_its_place(folder, trained):
     """Where a copy of the record belongs."""
     path = folder / "toy" / trained[0].name
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     return path
 
 
