@@ -31,7 +31,7 @@ class StepGradients:
     def norms(self) -> Tensor:  # [T]
         "The length of each row, measured at most once."
         if self.lengths is None:
-            self.lengths = torch.stack([norms([row])[0] for row in self.rows])
+            self.lengths = norms(self.rows)
         return self.lengths
 
 # %% ../../nbs/01_core/09_aggregator.ipynb #b30ac0ac

@@ -20,7 +20,7 @@ from .checks import check_choice, check_whole
 from .ema import EMA
 from .features import backward_once, feature_passes, read_features
 from .grad_scale import GradScale, PendingGradients
-from .gramian import combine, norms, shorten
+from .gramian import combine, norms, shorten, tensor_lengths
 from dbmtl.core.inputs import (
     Batch,
     ScaleWatch,
@@ -161,7 +161,8 @@ class Balancer:
             self._learn_partition(batch)
         with all_or_nothing(self.transform, self.aggregator):
             # the loss axis: its slopes are the cotangents of the passes
-            slope, scale_gradients = self._slopes(batch.values)
+            learned_scales = self._learned_scales()
+            slope, scale_gradients = self._slopes(batch.values, learned_scales)
             # the gradient axis: everything is computed, nothing is written
             if features is not None:
                 step = self._balance_features(batch, features, slope, scale)
@@ -170,12 +171,12 @@ class Balancer:
             else:
                 step = self._balance_tasks(earlier, batch, slope, scale)
             self._warn_of_forgotten_layers(step.heads)
-            if learned_scales := self._learned_scales():
+            if learned_scales:
                 scale_gradients = scale.rescale([*scale_gradients, *step.choice.scales])
                 step.pending.add(learned_scales, scale_gradients)
             # write: from here on nothing can fail
             step.pending.write()
-        self._finish_step(batch, slope, step)
+        self._finish_step(batch, slope, step, learned_scales)
         step.pending.run_hooks()
 
     def _read_batches(self, losses, losses2, losses3, features) -> list[Batch]:
@@ -220,7 +221,7 @@ class Balancer:
         "Raise if something is remembered for parameters that have changed their type since."
         if torch.is_inference_mode_enabled():
             raise RuntimeError("backward() in inference mode, where there are no gradients")
-        if self._kinds is None or not (self.ema or self.aggregator.memory):
+        if self._kinds is None or not self._remembers():
             return
         for p, (dtype, device) in zip(self.shared, self._kinds, strict=True):
             if (p.dtype, p.device) != (dtype, device):
@@ -259,9 +260,8 @@ class Balancer:
         if warning:
             warnings.warn(warning, stacklevel=4)
 
-    def _slopes(self, values: Tensor) -> tuple[Tensor, list]:
+    def _slopes(self, values: Tensor, scales: list[Tensor]) -> tuple[Tensor, list]:
         "The slopes [T] of the transformed losses, and the gradients of the transform's scales."
-        scales = self._learned_scales()
         if scales and self.check == "now" and self.step >= 2:
             self._scale_watch.look(scales, self.shared)
         return slopes(self.transform, values)
@@ -348,17 +348,21 @@ class Balancer:
             positions = batch.positions(self.shared, self._remembered())
         gradients = StepGradients([], positions)
         heads = []
-        lengths = []
-        passes = batch.passes(slope, self.shared, positions, scale, self.grads)
-        for t, (row, head) in enumerate(passes):
+        pieces = []  # lengths of the tensors, taken while they are in the cache
+        # no `enumerate`: it would keep a raw gradient through the next pass
+        for row, head in batch.passes(slope, self.shared, positions, scale, self.grads):
             if self.ema:
-                row = self.ema.propose(t, row, positions, self.step + 1)
-                lengths.append(norms([row])[0])
+                row = self.ema.propose(len(heads), row, positions, self.step + 1)
+                pieces += tensor_lengths(row)
             gradients.rows.append(row)
             heads.append(head)
-        if lengths:
-            gradients.lengths = torch.stack(lengths)
+        if self.ema:
+            gradients.lengths = norms(gradients.rows, pieces)
         return gradients, heads
+
+    def _remembers(self) -> bool:
+        "Is anything kept for the shared parameters from step to step?"
+        return self.ema is not None or bool(self.aggregator.memory)
 
     def _remembered(self) -> set[int]:
         "The positions of shared parameters that the method or the average remembers."
@@ -413,12 +417,11 @@ class Balancer:
                     gradients = [g * batch_weight for g in gradients]
                 pending.add(head, gradients)
 
-    def _finish_step(self, batch, slope: Tensor, step: _Step):
+    def _finish_step(self, batch, slope: Tensor, step: _Step, scales: list[Tensor]):
         "Remember what the step leaves behind."
         if self.ema:
             self.ema.keep(step.averages)
         self._micro_batches = None
-        scales = self._learned_scales()
         if scales and self.step == 0:
             self._scale_watch.look(scales, self.shared)
         if step.choice.finite is not None:
@@ -426,7 +429,9 @@ class Balancer:
         self.step += 1
         self.slopes = slope
         self._names = batch.names
-        self._kinds = [(p.dtype, p.device) for p in self.shared]
+        self._kinds = None
+        if self._remembers():
+            self._kinds = [(p.dtype, p.device) for p in self.shared]
         weights = step.choice.weights
         self.weights = weights if weights is not None and weights.ndim == 1 else None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_number
-from .task_gradients import at_least_float32
+from .task_gradients import widened
 
 # %% ../../nbs/01_core/05_ema.ipynb #86302f39
 def smooth(
@@ -61,7 +61,7 @@ class EMA:
     ) -> list[Tensor]:  # P tensors, in float32 at least
         "Task t's smoothed gradient in step k, without storing it."
         beta = beta_at(k, self.beta, self.beta_decay)
-        row = [gradient.to(at_least_float32(gradient.dtype)) for gradient in row]
+        row = [widened(gradient) for gradient in row]
         if t not in self.rows:
             return smooth(row, None, beta)
         return smooth(row, self._averages(t, row, positions), beta)
@@ -81,13 +81,16 @@ class EMA:
         lengths: Tensor,  # [T] norms of the rows
     ) -> dict:  # {task: {position: average}}
         "What to keep of these rows: nothing that is not finite. Off the CPU this has never run."
+        on_cpu = lengths.device.type == "cpu"
+        is_finite = lengths.isfinite()
+        if on_cpu:
+            is_finite = is_finite.tolist()
         averages = {}
         for t, row in enumerate(rows):
-            is_finite = lengths[t].isfinite()
-            if lengths.device.type != "cpu":
+            if not on_cpu:
                 pairs = zip(row, self._averages(t, row, positions), strict=True)
-                row = [torch.where(is_finite, gradient, average) for gradient, average in pairs]
-            elif not is_finite:
+                row = [torch.where(is_finite[t], gradient, average) for gradient, average in pairs]
+            elif not is_finite[t]:
                 continue
             averages[t] = dict(zip(positions, row, strict=True))
         return averages

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .task_gradients import at_least_float32
+from .task_gradients import widened
 
 # %% ../../nbs/01_core/10_grad_scale.ipynb #f8b66758
 class PendingGradients:
@@ -85,7 +85,7 @@ class GradScale:
         "Gradients as they would be without a scaler, in float32 at least."
         if self.factor is None:
             return list(gradients)
-        return [g.to(at_least_float32(g.dtype)) / self.factor for g in gradients]
+        return [widened(g) / self.factor for g in gradients]
 
     def rescale(self, gradients: Iterable[Tensor]) -> list[Tensor]:
         "Unscaled gradients as `.grad` must hold them."

@@ -16,10 +16,10 @@ from .grad_scale import GradScale
 from .gramian import tensor_norms
 from dbmtl.core.task_gradients import (
     Graph,
-    at_least_float32,
     iterate_task_gradients,
     loss_edges,
     trace,
+    widened,
 )
 from .transform import Transform
 
@@ -58,6 +58,7 @@ class Batch(NamedTuple):
         starts = scale.start(slopes).unbind()
         for row, head in iterate_task_gradients(self.roots, chosen, starts, self.graph, grads):
             yield scale.unscale(row), head
+            del row, head  # they must not live through the next pass
 
 # %% ../../nbs/01_core/11_inputs.ipynb #981ae99b
 def _in_order(losses: Mapping, names: tuple | None) -> Mapping:
@@ -104,7 +105,7 @@ def read_losses(
         roots = loss_edges([losses[t] for t in tasks], [repr(names[t]) for t in tasks])
     if not isinstance(losses, Tensor):
         losses = torch.stack([loss.detach().reshape(()) for loss in losses])
-    values = losses.detach().to(at_least_float32(losses.dtype))
+    values = widened(losses.detach())
     return Batch(values, roots, names, trace(roots))
 
 # %% ../../nbs/01_core/11_inputs.ipynb #7e5c0a7a
@@ -121,7 +122,7 @@ def read_values(
         losses = torch.stack([torch.as_tensor(loss).detach().reshape(()) for loss in losses])
     if losses.shape != (num_tasks,):
         raise ValueError(f"expected {num_tasks} losses, got shape {list(losses.shape)}")
-    return losses.detach().to(at_least_float32(losses.dtype))
+    return widened(losses.detach())
 
 # %% ../../nbs/01_core/11_inputs.ipynb #3411c70c
 def check_losses(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .grad_scale import GradScale
-from .task_gradients import at_least_float32
+from .task_gradients import at_least_float32, widened
 
 # %% ../../nbs/01_core/14_micro_batches.ipynb #e0a72363
 class MicroBatches:
@@ -55,7 +55,7 @@ class MicroBatches:
         "Add one task's gradients of one micro-batch, times its size."
         for sums, gradients in ((self.rows[t], row), (self.heads[t], head)):
             for key, gradient in gradients.items():
-                term = gradient.to(at_least_float32(gradient.dtype)) * size
+                term = widened(gradient) * size
                 sums[key] = sums[key] + term if key in sums else term
 
     @property

@@ -14,6 +14,19 @@ from torch.nn import Parameter
 
 from .task_gradients import Graph
 
+# %% ../../nbs/01_core/12_partition.ipynb #b81376c2
+def _reached_by_several(
+    reached: Mapping[Tensor, int],  # leaf -> bit mask of the tasks that reach it
+    shared: list[Tensor],
+) -> list[Tensor]:
+    "The parameters outside `shared` that two or more losses reach."
+    inside = set(shared)
+    return [
+        leaf
+        for leaf, mask in reached.items()
+        if isinstance(leaf, Parameter) and leaf not in inside and mask & (mask - 1)
+    ]
+
 # %% ../../nbs/01_core/12_partition.ipynb #e568e754
 def forgotten_layers(
     reached: Mapping[Tensor, int],  # leaf -> bit mask of the tasks that reach it
@@ -21,12 +34,7 @@ def forgotten_layers(
     labels: Mapping[Tensor, str],  # names of parameters, as far as they are known
 ) -> str:  # "" if there is none
     "Describe the leaves outside `shared` that two or more losses reach."
-    inside = set(shared)
-    forgotten = [
-        leaf
-        for leaf, mask in reached.items()
-        if isinstance(leaf, Parameter) and leaf not in inside and mask & (mask - 1)
-    ]
+    forgotten = _reached_by_several(reached, shared)
     if not forgotten:
         return ""
     first = [f"{labels.get(leaf, 'unnamed')} {list(leaf.shape)}" for leaf in forgotten[:5]]
@@ -81,16 +89,7 @@ class Partition:
         self.names = names
         self.seen |= set(tasks)
         if self.is_complete:
-            self._doubtful = self._reached_by_several()
-
-    def _reached_by_several(self) -> list[Tensor]:
-        "The parameters outside `shared` to which the graphs of several tasks lead."
-        inside = set(self.shared)
-        return [
-            leaf
-            for leaf, mask in self.reached.items()
-            if isinstance(leaf, Parameter) and leaf not in inside and mask & (mask - 1)
-        ]
+            self._doubtful = _reached_by_several(self.reached, self.shared)
 
     def confirm(
         self,

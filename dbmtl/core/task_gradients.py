@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['loss_edges', 'Graph', 'trace', 'boundary', 'TaskGradients', 'iterate_task_gradients', 'task_gradients',
-           'at_least_float32']
+           'at_least_float32', 'widened']
 
 # %% ../../nbs/01_core/03_task_gradients.ipynb #e513cd5d
 from typing import NamedTuple
@@ -66,7 +66,7 @@ class Graph(NamedTuple):
     "The autograd graph below T losses; nodes in topological order, losses first."
 
     tasks: dict  # node -> bit mask of the tasks that reach it
-    edges: dict  # node -> ((next node, input number), ...)
+    edges: dict  # node -> [(next node, input number), ...]
     leaves: dict  # trainable tensor at the bottom -> bit mask of the tasks that reach it
 
 # %% ../../nbs/01_core/03_task_gradients.ipynb #7ba4894e
@@ -77,7 +77,7 @@ def _topological_order(roots: list[GradientEdge], edges: dict) -> list:
     while stack:
         node = stack[-1]
         if node not in edges:
-            edges[node] = tuple(edge for edge in node.next_functions if edge[0] is not None)
+            edges[node] = [edge for edge in node.next_functions if edge[0] is not None]
             stack += [child for child, _ in edges[node] if child not in edges]
             continue
         stack.pop()
@@ -219,8 +219,10 @@ def _heads_first(roots, shared, cotangents, graph, retain_graph, batched):
     arrived, heads = _heads_to_boundary(roots, cut, cotangents, graph, retain_graph)
     common = [p for p, mask in graph.leaves.items() if mask & (mask - 1)]
     trunk_passes = _trunk_batched if batched else _trunk_loop
-    for head, trunk in zip(heads, trunk_passes(arrived, common, retain_graph), strict=True):
-        yield _split(head | trunk, shared)
+    passes = trunk_passes(arrived, common, retain_graph)
+    for head in heads:
+        # no name for the trunk's gradients: they must not live through the next pass
+        yield _split(head | next(passes), shared)
 
 # %% ../../nbs/01_core/03_task_gradients.ipynb #b6c25add
 def _trunk_loop(arrived, common, retain_graph):
@@ -300,3 +302,9 @@ def task_gradients(
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     "The dtype in which sums over steps are kept: float32, or wider if the dtype is."
     return torch.promote_types(dtype, torch.float32)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    "The tensor in the dtype in which sums are kept; itself where it has that dtype already."
+    dtype = at_least_float32(tensor.dtype)
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

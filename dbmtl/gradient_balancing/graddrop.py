@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.aggregator import FeatureAggregator, GradientAggregator
 from ..core.checks import check_number
 from ..core.method_facts import Facts, Origin
-from ..core.task_gradients import at_least_float32
+from ..core.task_gradients import widened
 
 # %% ../../nbs/03_gradient_balancing/07_graddrop.ipynb #f628cfd9
 def purity(
@@ -60,10 +60,6 @@ def _uniform_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return torch.rand(tensor.shape, generator=generator, device=tensor.device, dtype=torch.float32)
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(at_least_float32(tensor.dtype))
-
-
 class GradDrop(GradientAggregator):
     "One random sign for each coordinate of parameter gradients, GradDrop (Chen et al., 2020)."
 
@@ -88,7 +84,7 @@ class GradDrop(GradientAggregator):
         "The sum of what stays of one tensor's gradients."
         first = gradients[0]
         u = _uniform_like(first, self.generator(first.device))
-        wide = [_widened(g) for g in gradients]
+        wide = [widened(g) for g in gradients]
         masks = sign_masks(wide, u, self.eps)
         total = torch.zeros_like(wide[0])
         for g, mask, leak in zip(wide, masks, leaks, strict=True):
@@ -133,7 +129,7 @@ class GradDropFeatures(FeatureAggregator):
             raise ValueError(
                 f"every task needs features [B, ...] of one shape, got {sorted(shapes)}"
             )
-        votes = batch_signs([_widened(c) for c in cotangents], features)
+        votes = batch_signs([widened(c) for c in cotangents], features)
         u = _uniform_like(votes[0], self.generator(votes[0].device))
         masks = sign_masks(votes, u, self.eps)
         return [
