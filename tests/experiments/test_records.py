@@ -286,13 +286,13 @@ def test_a_damaged_file_is_kept_when_its_record_is_written_anew(tmp_path, traine
     for count in (1, 2):
         path.write_text(f"damage {count}")
         assert write_record(record, tmp_path) == path and read_record(path) == record
-    kept = {file.name: file.read_text() for file in tmp_path.iterdir() if file != path}
+    kept = {file.name: file.read_text() for file in path.parent.iterdir() if file != path}
     assert kept == {
         f"{path.name}.damaged": "damage 1",
         f"{path.name}.damaged-2": "damage 2",
     }
     write_record(record, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(path.parent.iterdir())) == 3
 
 
 def test_a_damaged_record_does_not_hide_the_others(tmp_path):

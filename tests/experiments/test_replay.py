@@ -35,9 +35,11 @@ from dbmtl.experiments.replay import (
     replay_all,
     replay_table,
     replays_path,
+    run_of,
     write_replays,
 )
 from dbmtl.experiments.train import train
+from dbmtl.models.efficientnet_lite0 import Lite0, load_lite0, pooled_features
 
 RUNS = Path(__file__).resolve().parents[2] / "figures/runs"
 
@@ -334,7 +336,7 @@ def runs(trained_runs, tmp_path):
 
 
 def records_of(folder):
-    return [read_record(path) for path in sorted(folder.glob("*.json"))]
+    return [read_record(path) for path in sorted(folder.glob("*/*.json"))]
 
 
 def test_the_file_lies_beside_the_records_and_is_stable(runs):
@@ -565,11 +567,11 @@ def test_a_record_that_differs_is_told_by_the_exit_code(runs, monkeypatch, capsy
 
 
 def test_a_damaged_record_is_told_and_the_others_are_replayed(runs, capsys):
-    (path,) = runs.glob("toy-smoke-EW-s0-*.json")
+    (path,) = runs.glob("toy/smoke-EW-s0-*.json")
     content = json.loads(path.read_text())
     content["curves"]["train"]["unit"][2] = 0.125  # of an epoch that is not replayed
     path.write_text(json.dumps(content))
-    count = len(list(runs.glob("*.json")))
+    count = len(list(runs.glob("*/*.json")))
     assert main(["--runs", str(runs)]) == 1
     shown = capsys.readouterr().out
     assert f"{path} is damaged, not replayed: its checksum is not that of its content" in shown
@@ -596,9 +598,9 @@ def committed(benchmark, scale, *methods):
     def order(path):
         return -json.loads(path.read_text())["config"]["protocol"], path
 
-    patterns = [f"{benchmark}-{scale}-{method}-s0-*.json" for method in methods]
+    patterns = [f"{benchmark}/{scale}-{method}-s0-*.json" for method in methods]
     paths = [min(RUNS.glob(pattern), key=order) for pattern in patterns]
-    return [pytest.param(path, id=path.stem) for path in paths]
+    return [pytest.param(path, id=f"{benchmark}-{path.stem}") for path in paths]
 
 
 def assert_replays(path):
@@ -643,13 +645,70 @@ def test_todays_code_replays_committed_records_of_frozen_features(path):
     assert_replays(path)
 
 
+class FeaturesOnDemand:
+    """The frozen network's features of some pictures, computed for the rows that are asked for."""
+
+    stores = {}  # of this process: two records see the same pictures
+    network = None
+
+    @classmethod
+    def of(cls, store, device="cpu"):
+        cls.network = cls.network or load_lite0(Lite0())  # now: it draws random numbers
+        return cls.stores.setdefault(store.hash, cls(store))
+
+    def __init__(self, store):
+        self.images = store.arrays["image"]
+        self.rows = {}
+
+    def __len__(self):
+        return len(self.images)
+
+    def float(self):
+        return self
+
+    def to(self, device):
+        return self
+
+    def __getitem__(self, index):
+        missing = [row for row in index.tolist() if row not in self.rows]
+        if missing:
+            features = pooled_features(self.network, self.images[missing], progress=False)
+            self.rows |= dict(zip(missing, features.half().float(), strict=True))
+        return torch.stack([self.rows[row] for row in index.tolist()])
+
+
+@pytest.mark.full
+@pytest.mark.data
+@pytest.mark.parametrize(
+    "path",
+    [
+        *committed("office31", "cpu", "EW", "DB-MTL"),
+        *committed("office31-sgd", "cpu", "EW", "DB-MTL"),
+        *committed("pacs", "cpu", "EW", "DB-MTL"),
+    ],
+)
+def test_todays_code_replays_the_first_monitored_step_on_frozen_features(path, monkeypatch):
+    """From a picture to the gradients; a record keeps four digits of what was monitored."""
+    record = read_record(path)
+    monkeypatch.setattr("dbmtl.benchmarks.office.lite0_features", FeaturesOnDemand.of)
+    with torch.random.fork_rng(devices=[]):
+        run = run_of(record)
+        run.advance()
+    recorded = {kind: column for kind, column in record["monitors"].items() if kind != "steps"}
+    assert set(recorded) >= {"losses", "norms", "cosines"}
+    for kind, columns in recorded.items():
+        for name, column in columns.items():
+            replayed = run.loop.monitors[kind][name][0]
+            assert replayed == pytest.approx(column[0], rel=2e-4, abs=2e-4), (kind, name)
+
+
 def test_the_committed_outcomes_are_of_committed_records(monkeypatch):
     monkeypatch.setenv("DBMTL_OUT", str(RUNS.parents[1]))
     replays = read_replays()
     content = replays_path().read_bytes()
     assert content == encode_record(dict(sorted(replays.items())))
     assert runs_folder("cpu") == RUNS
-    known = {json.loads(path.read_text())["identity"] for path in RUNS.glob("*.json")}
+    known = {json.loads(path.read_text())["identity"] for path in RUNS.glob("*/*.json")}
     assert set(replays) <= known and len(replays) > 0.9 * len(known)
     for found in replays.values():
         assert set(found) <= {

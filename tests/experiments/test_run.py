@@ -215,7 +215,7 @@ def test_a_budget_stops_in_the_middle_and_the_next_call_goes_on(tmp_path):
 def test_no_time_leaves_all_but_a_step_pending(tmp_path):
     records = run_all("toy", ["EW", "STL"], out=tmp_path, budget=0.0001)
     assert statuses(records) == ["stopped at step 1 of 18", "pending"]
-    assert not list(tmp_path.glob("*.json")) and "pending" in run_table(records)
+    assert not list(tmp_path.glob("*/*.json")) and "pending" in run_table(records)
 
 
 def test_repeated_calls_with_too_little_time_come_to_the_end(tmp_path):
@@ -239,7 +239,7 @@ def test_a_method_that_a_network_cannot_run_does_not_end_the_others(tmp_path):
     assert refused["state"] == refused["status"] == "failed" and done["state"] == "finished"
     assert "cannot run on nyuv2-segnet" in refused["reason"] and "one tensor" in refused["reason"]
     assert "cannot run on nyuv2-segnet" in run_table([refused, done])
-    assert [path.name[:15] for path in tmp_path.glob("*.json")] == ["nyuv2-segnet-sm"]
+    assert [path.parent.name for path in tmp_path.glob("*/*.json")] == ["nyuv2-segnet"]
 
 
 def test_an_interrupted_fresh_run_goes_on_though_its_old_record_is_there(tmp_path):
@@ -321,7 +321,7 @@ TOY = ["--benchmark", "toy", "--methods"]
 
 def test_one_damaged_record_does_not_block_the_sweep(tmp_path, capsys):
     whole = run_all("toy", ["EW", "DB-MTL", "STL"], out=tmp_path)
-    (path,) = tmp_path.glob("toy-smoke-DB-MTL-*.json")
+    (path,) = tmp_path.glob("toy/smoke-DB-MTL-*.json")
     content = json.loads(path.read_text())
     content["curves"]["test"]["unit"]["MAE"][0] = 0.125
     path.write_text(json.dumps(content))
@@ -340,7 +340,7 @@ def test_one_damaged_record_does_not_block_the_sweep(tmp_path, capsys):
 @pytest.mark.full
 def test_processes_make_a_damaged_record_anew(tmp_path):
     run_all("toy", ["EW", "STL"], out=tmp_path)
-    (path,) = tmp_path.glob("toy-smoke-EW-*.json")
+    (path,) = tmp_path.glob("toy/smoke-EW-*.json")
     path.write_text(path.read_text()[:-100])
     with pytest.warns(UserWarning, match=f"{path.name} is damaged and does not count"):
         records = run_all("toy", ["EW", "STL"], out=tmp_path, jobs=2)
@@ -737,7 +737,7 @@ def test_ctrl_c_with_jobs_stops_every_process_at_a_checkpoint(tmp_path):
     shown, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert shown.count("stopped at step") == 2 and errors == ""
-    assert not list(tmp_path.glob("*.json")) and len(list(tmp_path.glob("checkpoints/*.pt"))) == 2
+    assert not list(tmp_path.glob("*/*.json")) and len(list(tmp_path.glob("checkpoints/*.pt"))) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -755,7 +755,7 @@ def test_ctrl_c_stops_at_a_checkpoint(tmp_path, capsys, number):
     assert main(["--benchmark", "toy", "--methods", "DB-MTL,STL", *options]) == 130
     thread.join()
     shown = capsys.readouterr().out
-    assert "stopped at step" in shown and "pending" in shown and not list(tmp_path.glob("*.json"))
+    assert "stopped at step" in shown and "pending" in shown and not list(tmp_path.glob("*/*.json"))
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
@@ -790,7 +790,7 @@ def test_the_command_prints_a_table_and_writes_records(tmp_path, capsys):
     )
     assert capsys.readouterr().out.count("done now") == 2
     assert sorted(
-        json.loads(path.read_text())["config"]["seed"] for path in tmp_path.glob("*.json")
+        json.loads(path.read_text())["config"]["seed"] for path in tmp_path.glob("*/*.json")
     ) == [0, 1]
 
 

@@ -73,7 +73,7 @@ def test_a_benchmark_without_validation_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="there is no validation part"):
         train(replace(toy, name="blind", load=load), "EW", out=tmp_path)
-    assert not list(tmp_path.glob("*.json"))
+    assert not list(tmp_path.glob("*/*.json"))
 
 
 def test_a_learning_rate_of_the_run_is_that_of_its_optimizer(tmp_path):
@@ -194,7 +194,7 @@ def test_a_process_killed_at_any_moment_loses_nothing(tmp_path):
     deaths = [[int(word) for word in line.split()] for line in run.stdout.splitlines()]
     assert [code for code, _ in deaths] == [-signal.SIGKILL] * 5, run.stderr
     steps = [step for _, step in deaths]
-    assert steps == sorted(steps) and steps[0] >= 2 and not list(out.glob("*.json"))
+    assert steps == sorted(steps) and steps[0] >= 2 and not list(out.glob("*/*.json"))
     rest = train("toy", "DB-MTL", seed=3, out=out, monitor_every=5)
     assert rest["steps_now"] == rest["steps"] - steps[-1] < rest["steps"] - 6
     assert numbers(rest) == numbers(whole)
@@ -407,7 +407,7 @@ def test_memory_that_ran_out_in_the_balancer_is_no_result(tmp_path, monkeypatch,
     raising(monkeypatch, error)
     with pytest.raises(type(error), match=re.escape(str(error))):
         train(toy, "EW", out=tmp_path, checkpoint_steps=2)
-    assert not list(tmp_path.glob("*.json")) and len(list(tmp_path.glob("checkpoints/*.pt"))) == 1
+    assert not list(tmp_path.glob("*/*.json")) and len(list(tmp_path.glob("checkpoints/*.pt"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -416,7 +416,7 @@ def test_memory_that_ran_out_in_the_balancer_is_no_result(tmp_path, monkeypatch,
 def test_an_error_outside_the_balancer_passes_on_and_the_run_can_go_on(tmp_path, error):
     with pytest.raises(type(error), match="a bug"):
         train(broken(error), "EW", out=tmp_path, checkpoint_steps=2)
-    assert not list(tmp_path.glob("*.json"))
+    assert not list(tmp_path.glob("*/*.json"))
     assert train(broken(), "EW", out=tmp_path)["steps_now"] == 18 - 2
 
 
