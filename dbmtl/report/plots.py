@@ -123,8 +123,8 @@ def _draw_intervals(ax, marks, zero):
     high = max(points)
     room = 0.5 * (high - low) or abs(high) or 1.0
     ends = [end for _, value, _ in marks for end in value[1:3] if math.isfinite(end)]
-    low = max(low - room, min([low, *ends])) - 0.06 * room
-    high = min(high + room, max([high, *ends])) + 0.06 * room
+    low = max(low - room, min([low, *ends])) - 0.12 * room
+    high = min(high + room, max([high, *ends])) + 0.12 * room
     ax.set_xlim(low, high)
     for height, value, color in marks:
         if not (math.isfinite(value.low) and value.high > value.low):
@@ -268,7 +268,7 @@ def draw_curves(
         for line, label in zip(ax.lines, shown, strict=True):
             line.set(linestyle=looks[label]["linestyle"], label=printed_name(label))
             line.set_linewidth(looks[label].get("linewidth", 1.2))
-    ax.set(title=name, xlabel=axis, ylabel="")
+    ax.set(title=name.replace("_", " "), xlabel=axis, ylabel="")
     return ax
 
 # %% ../../nbs/11_report/06_plots.ipynb #99b78a9d

@@ -374,7 +374,7 @@ def gains_figure(
             printed = {label: printed_interval(page.printed_gain[label]) for label in printed}
         reasons = missing if panel == "delta_p" else {}
         dots(ax, here[~is_paper], labels, printed, reasons, names=names)
-        ax.set_title(panel if panel != "delta_p" else "$\\Delta_p$")
+        ax.set_title("$\\Delta_p$" if panel == "delta_p" else panel.replace("_", " "))
     _same_limits(axes[1:])
     for ax in axes[1:]:
         factor_axis(ax, most=3)
