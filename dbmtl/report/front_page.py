@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['CORNERS', 'DIFFERENCES', 'printed_corners', 'steps_in_words', 'front_rows', 'usable_differences', 'told_apart',
-           'counted_verdicts']
+           'counted_verdicts', 'small_task_curves', 'draw_small_task']
 
 # %% ../../nbs/11_report/21_front_page.ipynb #be3d1a5e
 from collections import Counter
 
 import pandas as pd
+import torch
 
 from ..experiments.method_labels import label_of
+from ..registry import make_balancer
 from .comparison import RULES, minus
 from .paper import paper_ablation
 from .results_page import Page
 from .runs import span
-from .style import printed_name
+from .style import method_color, printed_name
 from .tables import number
 
 # %% ../../nbs/11_report/21_front_page.ipynb #02be43b8
@@ -168,3 +170,53 @@ def counted_verdicts(
     counts = sorted(Counter(words).items(), key=lambda item: (-item[1], item[0]))
     listed = [f"{count} {'without a number' if word == 'none' else word}" for word, count in counts]
     return f"The paper's {len(words)} differences between the corners: {'; '.join(listed)}."
+
+# %% ../../nbs/11_report/21_front_page.ipynb #1e8be842
+def small_task_curves(
+    steps: int = 200,
+    seeds: int = 3,
+) -> pd.DataFrame:  # columns method, seed, step, loss
+    "The loss of a small task that shares a layer with one ten thousand times larger."
+    rows = []
+    for method in ("EW", "DB-MTL"):
+        for seed in range(seeds):
+            line = {"method": method, "seed": seed}
+            losses = _train_two_tasks(method, steps, seed)
+            rows += [line | {"step": step, "loss": loss} for step, loss in enumerate(losses)]
+    return pd.DataFrame(rows)
+
+
+def _train_two_tasks(method, steps, seed) -> list[float]:
+    "The loss of the small task before each step."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        x = torch.randn(64, 6, dtype=torch.float64)
+        trunk = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh()).double()
+        heads = torch.nn.ModuleList(torch.nn.Linear(16, 1) for _ in range(2)).double()
+    targets = [(2 * x[:, [task]]).sin() for task in range(2)]
+    balancer = make_balancer(method, shared=trunk, num_tasks=2)
+    optimizer = torch.optim.Adam([*trunk.parameters(), *heads.parameters()], lr=1e-2)
+    small = []
+    for _ in range(steps):
+        z = trunk(x)
+        losses = [(head(z) - y).square().mean() for head, y in zip(heads, targets, strict=True)]
+        small.append(losses[0].item())
+        balancer.backward([losses[0], 1e4 * losses[1]])
+        optimizer.step()
+        optimizer.zero_grad()
+    return small
+
+
+def draw_small_task(
+    ax,  # matplotlib axes
+    curves: pd.DataFrame,  # from `small_task_curves`
+):
+    "Mean over seeds and their range, on a logarithmic axis; returns `ax`."
+    for label, runs in curves.groupby("method", sort=False):
+        table = runs.pivot(index="step", columns="seed", values="loss")
+        color = method_color(label)
+        ax.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=color, alpha=0.2)
+        ax.plot(table.index, table.mean(axis=1), color=color, label=label)
+    ax.set(yscale="log", xlabel="step", title="loss of the small task")
+    ax.legend(loc="lower left")
+    return ax

@@ -111,12 +111,14 @@ def difference_figure(
     printed: dict,  # {benchmark: Interval or number} of the paper
     label: str,  # of the axis: "DB-MTL minus EW, percentage points of $\\Delta_p$"
     apart=(),  # benchmarks with an axis of their own, because their values are much larger
+    fig=None,  # matplotlib figure or subfigure to draw into; None: a new one
 ):  # matplotlib figure
     "A row a benchmark: ours by both rules of the epoch, and the paper's."
     frame = difference_frame(pages, titles, weights)
     panels = [[name for name in pages if name not in apart], [x for x in apart if x in pages]]
     panels = [names for names in panels if names]
-    fig = plt.figure(figsize=(PAGE, 0.9 + 0.34 * len(pages) + 0.3 * (len(panels) - 1)))
+    if fig is None:
+        fig = plt.figure(figsize=(PAGE, 0.9 + 0.34 * len(pages) + 0.3 * (len(panels) - 1)))
     heights = {"height_ratios": [len(names) for names in panels]}
     axes = fig.subplots(len(panels), 1, squeeze=False, gridspec_kw=heights).flat
     for ax, names in zip(axes, panels, strict=True):
@@ -124,7 +126,7 @@ def difference_figure(
         _difference_panel(ax, frame, here, titles, weights, printed)
     axes[-1].set_xlabel(label)
     present = [name for name in RULES.values() if name in set(frame["series"])]
-    dots_legend(fig, [*present, "paper"] if printed else present)
+    dots_legend(fig.get_figure(root=True), [*present, "paper"] if printed else present)
     return fig
 
 
