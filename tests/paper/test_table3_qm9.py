@@ -9,8 +9,10 @@ import pytest
 
 from dbmtl.benchmarks.base import get_benchmark
 
-FIGURES = Path(__file__).resolve().parents[2] / "figures"
-FILES = [json.loads(path.read_text()) for path in sorted((FIGURES / "runs").glob("qm9-cpu-*.json"))]
+ROOT = Path(__file__).resolve().parents[2]
+FIGURES = ROOT / "figures" / "paper"
+RUNS = sorted((ROOT / "figures" / "runs").rglob("qm9-cpu-*.json"))
+FILES = [json.loads(path.read_text()) for path in RUNS]
 RECORDS = [record for record in FILES if not record["config"]["hyper"]]
 METHODS = {
     "neither (EW)": "EW",
@@ -69,34 +71,21 @@ def test_qm9_floors_are_the_training_mean(method):
 
 @pytest.mark.parametrize("name, method", METHODS.items())
 def test_qm9_table5_delta_p_follows_from_the_records(name, method):
-    row = next(row for row in rows("table5_qm9.csv") if row["quantity"] == name)
+    row = next(
+        row
+        for row in rows("table5.csv")
+        if (row["corner"], row["source"]) == (name, "ours, best epoch")
+    )
     if not (trained(method) & trained("STL")).all():
-        assert row["ours"].startswith("not trained")
+        assert row["QM9"].startswith("not trained")
         return
-    assert float(row["ours"]) == pytest.approx(gains(method).mean(1).mean(), abs=1e-3)
+    assert float(row["QM9"]) == pytest.approx(gains(method).mean(1).mean(), abs=1e-3)
     spread = 4.302653 * gains(method).mean(1).std(ddof=1) / np.sqrt(3)
-    assert float(row["ours high"]) - float(row["ours"]) == pytest.approx(spread, rel=1e-3)
-
-
-def test_qm9_table5_common_tasks_follow_from_the_records():
-    """The column stands only where a corner has no delta_p."""
-    common = np.all([trained(m) for m in [*METHODS.values(), "STL"]], axis=0)
-    column = f"ours, {common.sum()} tasks"
-    assert (column in rows("table5_qm9.csv")[0]) == (not common.all())
-    column = column if not common.all() else "ours"
-    mean = {name: gains(method)[:, common].mean(1) for name, method in METHODS.items()}
-    both, loss, gradient, neither = (
-        mean[n] for n in ("both (DB-MTL)", "loss only", "gradient only", "neither (EW)")
-    )
-    found = {row["quantity"]: row[column] for row in rows("table5_qm9.csv")}
-    assert float(found["both - neither"]) == pytest.approx((both - neither).mean(), abs=1e-3)
-    assert float(found["interaction"]) == pytest.approx(
-        (both - loss - gradient + neither).mean(), abs=1e-3
-    )
+    assert float(row["QM9 high"]) - float(row["QM9"]) == pytest.approx(spread, rel=1e-3)
 
 
 def test_qm9_table3_holds_our_errors():
-    ours = {row["method"]: row for row in rows("table3_qm9.csv") if row["source"] == "ours"}
+    ours = {row["method"]: row for row in rows("table3.csv") if row["source"] == "ours"}
     for name, method in {
         "STL": "STL",
         "EW": "EW",
@@ -108,16 +97,21 @@ def test_qm9_table3_holds_our_errors():
         )
 
 
-def test_qm9_figure_numbers_are_the_records():
+def test_qm9_picture_of_all_tasks_holds_the_records():
     shown = {
-        (r["task"], r["method"], r["seed"]): float(r["percent"]) for r in rows("qm9_per_task.csv")
+        (row["task"], row["method"]): float(row["value"])
+        for row in rows("table3_tasks.csv")
+        if row["source"] == "ours, cpu"
     }
     for method in METHODS.values():
+        logs = np.log(errors("STL") / errors(method)).mean(0)
         usable = trained(method) & trained("STL")
-        for k in np.flatnonzero(usable):
-            for seed in range(3):
-                assert shown[TASKS[k], method, str(seed)] == pytest.approx(
-                    gains(method)[seed, k], abs=1e-2
-                )
-        assert (("delta_p", method, "0") in shown) == usable.all()
-    assert sum(seed == "paper" for _, _, seed in shown) == len(METHODS)
+        for k, task in enumerate(TASKS):
+            assert ((task, method) in shown) == usable[k]
+            if usable[k]:
+                assert shown[task, method] == pytest.approx(logs[k], rel=1e-4, abs=1e-5)
+
+
+def test_qm9_picture_of_all_tasks_holds_the_paper():
+    shown = [row for row in rows("table3_tasks.csv") if row["source"] == "paper"]
+    assert len({row["method"] for row in shown}) == 21 and len(shown) == 21 * len(TASKS)

@@ -1,4 +1,4 @@
-"""The tables of figures/, computed again from the record files with NumPy, and their printed
+"""The tables of figures/paper, computed again from the record files with NumPy, and their printed
 columns from the CSV."""
 
 import csv
@@ -12,9 +12,17 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from scipy import stats
+
+from dbmtl.experiments.records import configuration
 
 ROOT = Path(__file__).resolve().parents[2]
-FIGURES = ROOT / "figures"
+FIGURES = ROOT / "figures" / "paper"
+RUNS = ROOT / "figures" / "runs"
+RULES = {  # short name -> in a record, in a table
+    "best": ("best validation epoch", "best epoch"),
+    "last ten": ("average of the last ten epochs", "last ten epochs"),
+}
 T95 = {
     2: 12.7062047,
     3: 4.30265273,
@@ -28,7 +36,6 @@ CORNERS = {
     "both (DB-MTL)": "DB-MTL",
 }
 WEIGHTS = {
-    **{name: {method: 1} for name, method in CORNERS.items()},
     "loss only - neither": {"loss-only": 1, "EW": -1},
     "gradient only - neither": {"gradient-only": 1, "EW": -1},
     "both - loss only": {"DB-MTL": 1, "loss-only": -1},
@@ -43,19 +50,19 @@ COLUMNS = {
     "officehome": "Office-Home",
     "qm9": "QM9",
     "pacs": "PACS",
-    "streets": "streets (generated)",
+    "streets": "generated streets",
 }
 PRINTED = ["nyuv2", "cityscapes", "office31", "officehome", "qm9"]
 TABLES = {
-    "table1_nyuv2": "nyuv2",
-    "table2_cityscapes": "cityscapes",
-    "table3_qm9": "qm9",
+    "table1": "nyuv2",
+    "table2": "cityscapes",
+    "table3": "qm9",
     "table4_office31": "office31",
     "table4_officehome": "officehome",
     "table4_pacs": "pacs",
-    "table6_nyuv2_segnet": "nyuv2_segnet",
+    "table6": "nyuv2_segnet",
 }
-SINGLE = ["table5_ablation", *(f"table5_{name}" for name in COLUMNS), "table6_sources"]
+SINGLE = ["table5", "table5_verdicts", "table6_sources"]
 
 
 def rows(stem):
@@ -65,35 +72,36 @@ def rows(stem):
 
 def scale_of(stem):
     """Benchmark and scale as the caption has them; (None, None) where nothing was run."""
-    found = re.search(
-        r"Ours: (\S+) at (\S+) scale", (FIGURES / f"{stem}.md").read_text(encoding="utf-8")
-    )
-    return found.groups() if found else (None, None)
+    text = (FIGURES / f"{stem}.md").read_text(encoding="utf-8")
+    told = re.search(r"Ours: (\S+) at (\S+) scale", text)
+    return told.groups() if told else (None, None)
 
 
 @functools.cache
 def records(benchmark, scale):
     """{method: {seed: record}} of methods without settings, finished runs."""
-    found = {}
-    for path in sorted((FIGURES / "runs").glob(f"{benchmark}-{scale}-*.json")):
+    runs = {}
+    for path in sorted(RUNS.rglob(f"{benchmark}-{scale}-*.json")):
         record = json.loads(path.read_text())
         config = record["config"]
-        same = (config["benchmark"], config["scale"]["name"], config["hyper"]) == (
-            benchmark,
-            scale,
-            {},
-        )
-        if (
-            same and record["state"] == "finished" and "+" not in config["method"]
-        ):  # Figure 1 has those
-            found.setdefault(config["method"], {})[config["seed"]] = record
-    return {method: dict(sorted(runs.items())) for method, runs in found.items()}
+        method = config["method"]
+        if record["state"] != "finished" or config["hyper"] or "+" in method:  # Figure 1 has those
+            continue
+        if config == configuration(benchmark, method, config["seed"], scale):
+            runs.setdefault(method, {})[config["seed"]] = record
+    return {method: dict(sorted(by_seed.items())) for method, by_seed in runs.items()}
 
 
-def numbers(record, place="best"):
-    """[metrics] in the order of tasks and metrics: of the best epoch, or the floors."""
-    chosen = next(v["test"] for k, v in record["selected"].items() if k.startswith("best"))
-    source = chosen if place == "best" else record["floors"]["test"]
+def rules_of(runs):
+    """The rules of the epoch that all runs have."""
+    every = [record["selected"] for by_seed in runs.values() for record in by_seed.values()]
+    return [rule for rule, (name, _) in RULES.items() if all(name in each for each in every)]
+
+
+def numbers(record, rule):
+    """[metrics] in the order of tasks and metrics: by a rule of the epoch, or the floors."""
+    is_floor = rule == "floor"
+    source = record["floors"]["test"] if is_floor else record["selected"][RULES[rule][0]]["test"]
     return np.array([source[task][metric] for task, metric in metrics_of(record)])
 
 
@@ -108,34 +116,30 @@ def by_task(record, values):
 
 
 class Numbers:
-    """Improvements of all methods of one benchmark at one scale."""
+    """Improvements of all methods of one benchmark at one scale, by one rule of the epoch."""
 
-    def __init__(self, benchmark, scale):
+    def __init__(self, benchmark, scale, rule):
         self.runs = records(benchmark, scale)
         one = self.one = next(iter(self.runs["STL"].values()))
         self.tasks = list(one["directions"])
-        self.sign = np.array(
-            [1 if one["directions"][t][m] == "up" else -1 for t, m in metrics_of(one)]
-        )
-        self.test = {
-            m: np.stack([numbers(r) for r in runs.values()]) for m, runs in self.runs.items()
-        }
-        base = {seed: numbers(record) for seed, record in self.runs["STL"].items()}
-        self.seeds = {m: [s for s in runs if s in base] for m, runs in self.runs.items()}
+        ways = [one["directions"][task][metric] for task, metric in metrics_of(one)]
+        self.sign = np.array([1 if way == "up" else -1 for way in ways])
+        self.test = {}
         self.gains = {}
-        for m, seeds in self.seeds.items():
-            x = np.stack([numbers(self.runs[m][s]) for s in seeds])
-            single = np.stack([base[s] for s in seeds])
-            self.gains[m] = by_task(one, 100 * self.sign * (x - single) / single)
-        floors = {
-            m: np.stack([numbers(r, "floor") for r in runs.values()])
-            for m, runs in self.runs.items()
-        }
-        above = {
-            m: by_task(one, self.sign * (x - floors[m]) / np.abs(floors[m]))
-            for m, x in self.test.items()
-        }
-        self.trained = {m: (x > 0.05).all(0) for m, x in above.items()}
+        self.logs = {}
+        self.seeds = {}
+        self.trained = {}
+        base = {seed: numbers(record, rule) for seed, record in self.runs["STL"].items()}
+        for method, runs in self.runs.items():
+            self.test[method] = np.stack([numbers(record, rule) for record in runs.values()])
+            floors = np.stack([numbers(record, "floor") for record in runs.values()])
+            above = by_task(one, self.sign * (self.test[method] - floors) / np.abs(floors))
+            self.trained[method] = (above > 0.05).all(0)
+            self.seeds[method] = [seed for seed in runs if seed in base]
+            ours = np.stack([numbers(runs[seed], rule) for seed in self.seeds[method]])
+            single = np.stack([base[seed] for seed in self.seeds[method]])
+            self.gains[method] = by_task(one, 100 * self.sign * (ours - single) / single)
+            self.logs[method] = by_task(one, self.sign * np.log(ours / single))
 
     def usable(self, method):
         return method in self.runs and bool((self.trained[method] & self.trained["STL"]).all())
@@ -143,14 +147,11 @@ class Numbers:
     def delta_p(self, method):
         return dict(zip(self.seeds[method], self.gains[method].mean(1), strict=True))
 
-    def common(self):
-        """Tasks that all four corners and STL trained, and each run's average over them."""
-        kept = np.all([self.trained[m] for m in [*CORNERS.values(), "STL"]], axis=0)
-        means = {
-            m: dict(zip(self.seeds[m], self.gains[m][:, kept].mean(1), strict=True))
-            for m in CORNERS.values()
-        }
-        return kept, means
+
+def both_rules(benchmark, scale):
+    """{rule: Numbers} of the rules that all records have."""
+    rules = rules_of(records(benchmark, scale))
+    return {rule: Numbers(benchmark, scale, rule) for rule in rules}
 
 
 def combined(values, weights):
@@ -171,16 +172,33 @@ def check_interval(row, column, values):
         )
 
 
+def sign_of(values):
+    half = T95[len(values)] * values.std(ddof=1) / np.sqrt(len(values))
+    return int(values.mean() > half) - int(values.mean() < -half)
+
+
 def word(values, paper, scale):
+    """The verdict on a printed difference."""
     if len(values) == 1:
         return "one run"
-    half = T95[len(values)] * values.std(ddof=1) / np.sqrt(len(values))
-    if len(values) < 3 or abs(values.mean()) <= half:
+    if len(values) < 3:
         return "undecided"
-    same = (values.mean() > 0) == (paper > 0)
-    if scale == "paper":
+    half = T95[len(values)] * values.std(ddof=1) / np.sqrt(len(values))
+    sign = sign_of(values)
+    same = (sign > 0) == (paper > 0)
+    if sign and scale == "paper":
         return "reproduced" if same else "not reproduced"
-    return "same sign" if same else "opposite sign"
+    if sign and not same:
+        return "opposite sign"
+    size = "" if abs(values.mean() - paper) <= half else ", another size"
+    return ("same sign" if sign else "undecided") + size
+
+
+def by_rules(words):
+    """The verdict by every rule of the epoch: one word where they agree."""
+    if len(set(words.values())) == 1:
+        return next(iter(words.values()))
+    return "; ".join(f"{text} ({RULES[rule][1]})" for rule, text in words.items())
 
 
 def asset():
@@ -189,136 +207,168 @@ def asset():
 
 
 def printed_ablation(benchmark):
-    found = [row for row in asset() if row["table"] == "5" and row["benchmark"] == benchmark]
-    return {row["method"]: row for row in found}
+    table = [row for row in asset() if row["table"] == "5" and row["benchmark"] == benchmark]
+    return {row["method"]: row for row in table}
 
 
 # ------------------------------------------------------------------------------------------ Table 5
 
 
+def column_of_table5(name):
+    """{rule: Numbers} of a column and its scale; ({}, None) where nothing was run."""
+    title = COLUMNS[name]
+    size = next(row for row in rows("table5") if row["corner"] == "scale")
+    if size.get(title, "not run") == "not run":
+        return {}, None
+    benchmark = "cityscapes" if name == "streets" else name
+    return both_rules(benchmark, size[title]), size[title]
+
+
 @pytest.mark.parametrize("name", COLUMNS)
-def test_table5_differences_and_interaction_follow_from_the_records(name):
-    table = {row["quantity"]: row for row in rows(f"table5_{name}")}
-    assert list(table) == list(WEIGHTS)
-    benchmark, scale = scale_of(f"table5_{name}")
-    if benchmark is None:
-        assert all(row["ours"] == "not run" for row in table.values())
-        return
-    found = Numbers(benchmark, scale)
-    values = {m: found.delta_p(m) for m in CORNERS.values() if found.usable(m)}
-    shown = 0
-    for quantity, weights in WEIGHTS.items():
-        row = table[quantity]
-        if set(weights) <= set(values):
-            check_interval(row, "ours", combined(values, weights))
-            shown += 1
-        else:
-            assert "not run" in row["ours"] or "not trained" in row["ours"]
-    assert shown >= 2 * sum(m in values for m in CORNERS.values()) - 1
-    columns = [
-        column for column in rows(f"table5_{name}")[0] if re.fullmatch(r"ours, \d+ tasks", column)
-    ]
-    assert bool(columns) == (set(CORNERS.values()) <= set(found.runs) and len(values) < 4)
-    for column in columns:
-        kept, means = found.common()
-        assert column == f"ours, {kept.sum()} tasks"
-        for quantity, weights in WEIGHTS.items():
-            check_interval(table[quantity], column, combined(means, weights))
-
-
-@pytest.mark.parametrize("name", PRINTED)
-def test_table5_printed_columns_and_verdicts(name):
+def test_table5_corners_follow_from_the_records(name):
+    title = COLUMNS[name]
+    table = {(row["corner"], row["source"]): row for row in rows("table5")}
+    measured, scale = column_of_table5(name)
     paper = printed_ablation(name)
-    table = {row["quantity"]: row for row in rows(f"table5_{name}")}
-    assert list(paper) == list(CORNERS)
-    values = {method: float(paper[quantity]["value"]) for quantity, method in CORNERS.items()}
-    benchmark, scale = scale_of(f"table5_{name}")
-    found = Numbers(benchmark, scale) if benchmark else None
-    for quantity, weights in WEIGHTS.items():
-        row, total = table[quantity], sum(w * values[m] for m, w in weights.items())
-        if quantity in CORNERS:
-            text = f"{total:g} ± {float(paper[quantity]['std']):g}"
-            assert row["paper"] == text
-        else:
-            assert float(row["paper"]) == pytest.approx(total, abs=1e-6)
-        if quantity in CORNERS:
-            assert (
-                row["verdict"] == "-"
-            )  # a level: its sign also depends on the spread of STL's own runs
-        elif found and all(found.usable(m) for m in weights):
-            ours = combined({m: found.delta_p(m) for m in weights}, weights)
-            assert row["verdict"] == word(ours, total, scale)
-        else:
-            assert row["verdict"] == ("not run" if "not run" in row["ours"] else "none")
+    for corner, method in CORNERS.items():
+        for rule, (_, text) in RULES.items():
+            row = table[corner, f"ours, {text}"]
+            if rule in measured and measured[rule].usable(method):
+                values = measured[rule].delta_p(method).values()
+                check_interval(row, title, np.array(list(values)))
+            elif title in row:
+                assert re.match("not run|not trained|no validation|STL", row[title])
+        printed = "nothing printed"
+        if name in PRINTED:
+            printed = f"{float(paper[corner]['value']):g} ± {float(paper[corner]['std']):g}"
+        if title in table[corner, "paper"]:
+            assert table[corner, "paper"][title] == printed
+    if measured:
+        counts = [
+            len(records("cityscapes" if name == "streets" else name, scale).get(m, {}))
+            for m in CORNERS.values()
+        ]
+        told = f"{min(counts)} to {max(counts)}" if len({*counts}) > 1 else f"{counts[0]}"
+        assert table["seeds", "ours"][title] == told
 
 
-@pytest.mark.parametrize("name", ["pacs", "streets"])
-def test_table5_has_nothing_printed_where_the_paper_has_nothing(name):
-    assert not {"paper", "verdict"} & set(rows(f"table5_{name}")[0])
-    told = {row[COLUMNS[name]] for row in rows("table5_ablation") if row["source"] == "paper"}
-    assert told == {"nothing printed"}
+def test_table5_has_a_column_for_every_benchmark_of_the_paper():
+    assert {COLUMNS[name] for name in PRINTED} <= set(rows("table5")[0])
 
 
-def test_table5_overall_is_made_of_its_columns():
-    table = rows("table5_ablation")
-    for name, column in COLUMNS.items():
-        part = {row["quantity"]: row for row in rows(f"table5_{name}")}
-        for row in table:
-            if row["quantity"] in part and row["source"] in part[row["quantity"]]:
-                assert row[column] == part[row["quantity"]][row["source"]]
-                low = f"{column} low"
-                if row["source"] == "ours" and row.get(low):
-                    assert row[low] == part[row["quantity"]]["ours low"]
-    quantities = [row["quantity"] for row in table if row["source"] == "ours"]
-    assert quantities == [*CORNERS, "both - neither", "interaction", "scale", "device", "seeds"]
-    sizes = {row["quantity"]: row for row in table[-3:]}
-    for name, column in COLUMNS.items():
-        benchmark, scale = scale_of(f"table5_{name}")
-        if benchmark is None:
-            assert {row[column] for row in sizes.values()} == {"not run"}
-            continue
-        runs = records(benchmark, scale)
-        counts = [len(runs.get(m, {})) for m in CORNERS.values()]
-        assert sizes["scale"][column] == scale
-        assert sizes["seeds"][column] == (
-            f"{min(counts)} to {max(counts)}" if len({*counts}) > 1 else f"{counts[0]}"
-        )
+def told_apart(measured):
+    """{difference: bool}: by every rule, after Holm's correction over those that have a number."""
+    decided = {}
+    for each in measured.values():
+        values = {m: each.delta_p(m) for m in CORNERS.values() if each.usable(m)}
+        samples = {
+            name: combined(values, weights)
+            for name, weights in WEIGHTS.items()
+            if set(weights) <= set(values)
+        }
+        samples = {name: sample for name, sample in samples.items() if len(sample) > 1}
+        p = {name: stats.ttest_1samp(sample, 0).pvalue for name, sample in samples.items()}
+        highest = 0.0
+        for place, name in enumerate(sorted(p, key=p.get)):
+            highest = max(highest, min(1.0, p[name] * (len(p) - place)))
+            sign = sign_of(samples[name]) if highest < 0.05 else 0
+            decided.setdefault(name, set()).add(sign)
+    return {name: signs in ({1}, {-1}) for name, signs in decided.items()}
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_table5_bars_are_those_of_the_records(name):
-    bars = rows(f"table5_{name}_per_task")
+def test_table5_differences_follow_from_the_records(name):
+    table = {
+        row["difference"]: row
+        for row in rows("table5_verdicts")
+        if row["benchmark"] == COLUMNS[name]
+    }
+    measured, scale = column_of_table5(name)
+    if not measured:
+        assert not table
+        return
+    assert list(table) == list(WEIGHTS)
+    paper = (
+        {m: float(printed_ablation(name)[c]["value"]) for c, m in CORNERS.items()}
+        if name in PRINTED
+        else {}
+    )
+    apart = told_apart(measured)
+    for difference, weights in WEIGHTS.items():
+        row = table[difference]
+        total = sum(w * paper[m] for m, w in weights.items()) if paper else None
+        words = {}
+        for rule, (_, text) in RULES.items():
+            column = f"ours, {text}"
+            if rule in measured and all(measured[rule].usable(m) for m in weights):
+                values = combined({m: measured[rule].delta_p(m) for m in weights}, weights)
+                check_interval(row, column, values)
+                words[rule] = word(values, total, scale) if paper else "-"
+            else:
+                assert re.search("not run|not trained|no validation", row[column])
+                words[rule] = "not run" if "not run" in row[column] else "none"
+        words = {rule: text for rule, text in words.items() if rule in measured}
+        assert row["verdict"] == (by_rules(words) if paper else "-")
+        if paper:
+            assert float(row["paper"]) == pytest.approx(total, abs=1e-6)
+        else:
+            assert row["paper"] == "nothing printed"
+        assert row["told apart"] == {True: "yes", False: "no", None: "-"}[apart.get(difference)]
+    column = "ours, common tasks"
+    first = next(iter(measured.values()))
+    kept = np.zeros(len(first.tasks), dtype=bool)
+    if set(CORNERS.values()) <= set(first.runs):
+        labels = [*CORNERS.values(), "STL"]
+        kept = np.all([each.trained[m] for each in measured.values() for m in labels], axis=0)
+    is_partial = np.any(kept) and not np.all(kept)
+    assert bool(table["interaction"].get(column)) == bool(is_partial)
+    if is_partial:
+        means = {
+            m: dict(zip(first.seeds[m], first.gains[m][:, kept].mean(1), strict=True))
+            for m in CORNERS.values()
+        }
+        for difference, weights in WEIGHTS.items():
+            check_interval(table[difference], column, combined(means, weights))
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_table5_dots_are_those_of_the_records(name):
+    forest = [row for row in rows("table5_differences") if row["panel"] == COLUMNS[name]]
+    tasks = [row for row in rows("table5_by_task") if row["benchmark"] == COLUMNS[name]]
+    measured, _ = column_of_table5(name)
+    if not measured:
+        assert not forest and not tasks
+        return
+    drawn = {}
+    for row in forest:
+        drawn.setdefault((row["row"], row["series"]), []).append(float(row["value"]))
+    for difference, weights in WEIGHTS.items():
+        for rule, each in measured.items():
+            if all(each.usable(m) for m in weights):
+                values = combined({m: each.delta_p(m) for m in weights}, weights)
+                assert drawn[difference, RULES[rule][1]] == pytest.approx(
+                    values, rel=1e-3, abs=1e-3
+                )
+            else:
+                assert (difference, RULES[rule][1]) not in drawn
+        assert ((difference, "paper") in drawn) == (name in PRINTED)
+    first = next(iter(measured.values()))
+    expected = {}
+    for method in (m for m in CORNERS.values() if m in first.runs):
+        usable = first.trained[method] & first.trained["STL"]
+        for seed, logs in zip(first.seeds[method], first.logs[method], strict=True):
+            for k in np.flatnonzero(usable):
+                expected[method, first.tasks[k], str(seed)] = logs[k]
     ours = {
-        (r["method"], r["task"], r["seed"]): float(r["percent"])
-        for r in bars
+        (r["method"], r["task"], r["seed"]): float(r["value"])
+        for r in tasks
         if r["source"] == "ours"
     }
-    benchmark, scale = scale_of(f"table5_{name}")
-    expected = {}
-    if benchmark:
-        found = Numbers(benchmark, scale)
-        for method in (m for m in CORNERS.values() if m in found.runs):
-            for seed, gains in zip(found.runs[method], found.gains[method], strict=True):
-                if found.usable(method):
-                    expected[method, "delta_p", str(seed)] = gains.mean()
-                usable = found.trained[method] & found.trained["STL"]
-                expected |= {
-                    (method, found.tasks[k], str(seed)): gains[k] for k in np.flatnonzero(usable)
-                }
     assert set(ours) == set(expected)
     for key, value in expected.items():
-        assert ours[key] == pytest.approx(value, rel=1e-3, abs=2e-3)
-    printed = {
-        r["method"]: float(r["percent"])
-        for r in bars
-        if r["source"] == "paper" and r["task"] == "delta_p"
-    }
-    if name in PRINTED:
-        assert printed == {
-            CORNERS[q]: float(row["value"]) for q, row in printed_ablation(name).items()
-        }
-    else:
-        assert not printed
+        assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-5)
+    printed = {row["method"] for row in tasks if row["source"] == "paper"}
+    assert printed == ({"EW", "DB-MTL"} if name in PRINTED else set())
 
 
 # --------------------------------------------------------------------------------- Tables 1 to 4, 6
@@ -350,31 +400,37 @@ def test_tables_hold_our_metrics_delta_p_worst_task_and_rank(stem):
     if benchmark is None:
         assert not ours
         return
-    found = Numbers(benchmark, scale)
-    assert set(ours) == set(found.runs)
-    ranked = [m for m in found.runs if m != "STL" and found.trained[m].all()]
+    measured = both_rules(benchmark, scale)
+    first = next(iter(measured.values()))
+    assert set(ours) == set(first.runs)
+    ranked = [m for m in first.runs if m != "STL" and first.trained[m].all()]
     means = np.stack(
-        [found.test[m].mean(0).round(9) * found.sign for m in ranked]
+        [first.test[m].mean(0).round(9) * first.sign for m in ranked]
     )  # the order of seeds decides no tie
     ranks = (
         1 + (means[None] > means[:, None]).sum(1) + ((means[None] == means[:, None]).sum(1) - 1) / 2
     )
     for method, row in ours.items():
-        for column, values in zip(column_names(found.one), found.test[method].T, strict=True):
+        for column, values in zip(column_names(first.one), first.test[method].T, strict=True):
             assert float(row[column]) == pytest.approx(values.mean(), rel=1e-4)
-        if not found.usable(method):
-            assert row["delta_p"].startswith(("not trained", "STL not trained"))
-            continue
-        check_interval(row, "delta_p", np.array(list(found.delta_p(method).values())))
+        for rule, (_, text) in RULES.items():
+            if rule not in measured:
+                assert "no validation split" in row[f"delta_p, {text}"]
+            elif measured[rule].usable(method):
+                values = list(measured[rule].delta_p(method).values())
+                check_interval(row, f"delta_p, {text}", np.array(values))
+            else:
+                assert row[f"delta_p, {text}"].startswith(("not trained", "STL not trained"))
         if method in ranked:
             assert float(row["mean rank"]) == pytest.approx(
                 ranks[ranked.index(method)].mean(), rel=1e-4
             )
-            worst = found.gains[method].mean(0)
-            assert row["worst task"] == f"{found.tasks[worst.argmin()]} ({worst.min():.0f} %)"
-    first = rows(stem)[0]
-    floors = numbers(found.one, "floor")
-    assert [float(first[c]) for c in column_names(found.one)] == pytest.approx(
+        if method != "STL" and first.usable(method):
+            worst = first.gains[method].mean(0)
+            assert row["worst task"] == f"{first.tasks[worst.argmin()]} ({worst.min():.0f} %)"
+    top = rows(stem)[0]
+    floors = numbers(first.one, "floor")
+    assert [float(top[c]) for c in column_names(first.one)] == pytest.approx(
         floors.tolist(), rel=1e-4
     )
 
@@ -404,7 +460,8 @@ def test_tables_hold_the_printed_numbers(stem):
                 assert line["whose numbers"] == ("the authors'" if own else row["source"])
         elif row["metric"] == "delta_p" and row["value"]:
             std = f" ± {float(row['std']):g}" if row["std"] and float(row["std"]) else ""
-            assert line["delta_p"] == f"{float(row['value']):g}{std}"
+            texts = [value for column, value in line.items() if column.startswith("delta_p")]
+            assert f"{float(row['value']):g}{std}" in texts
     runs = {plain(row["method"]) for row in rows(stem) if row["source"] == "ours"}
     assert all((line["source"] == "paper") == (method in runs) for method, line in shown.items())
 
@@ -485,6 +542,6 @@ def test_tables_have_cards_that_say_what_was_run(stem):
     assert card["notebook"] in card["command"] and card["caption"].rstrip().endswith(".")
     if stem == "table6_sources":
         assert card["runs"] == {} and card["data"] == "printed numbers"
-    elif stem != "table5_ablation":
+    elif not stem.startswith("table5"):
         (shown,) = card["runs"].values()
         assert (shown or {}).get("scale") == scale_of(stem)[1]
