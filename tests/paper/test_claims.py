@@ -639,6 +639,7 @@ def test_claims_pictures_show_every_number(rows):
         assert len(palette_png(figure)) < 61_440  # -W error: a layout that does not fit is one
         names = [x.get_text() for ax in figure.axes for x in ax.get_yticklabels() if x.get_text()]
         assert len(names) == len(page)
+        figure.draw_without_rendering()
         headings = [text.get_text()[:3] for ax in figure.axes for text in ax.texts]
         assert headings == list(dict.fromkeys(row.claim for row in page))
         for ax in figure.axes:
