@@ -1,6 +1,5 @@
 """What batch norm does to several domains: functions, committed numbers and the picture."""
 
-import ast
 import csv
 import itertools
 import math
@@ -18,13 +17,16 @@ from torch.testing import assert_close
 
 from dbmtl.benchmarks.base import TensorSplit, get_benchmark
 from dbmtl.benchmarks.office import OfficeNet
+from dbmtl.report import batch_norm
+from dbmtl.report.style import save_figure, use_style
+from dbmtl.report.tables import write_csv
 
 pytestmark = pytest.mark.full
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "16_studies/01_batch_norm"
 NOTEBOOK = ROOT / "nbs" / f"{NAME}.ipynb"
-COMMITTED = ROOT / "figures" / "batch_norm.csv"
+COMMITTED = ROOT / "figures/studies/batch_norm.csv"
 COLUMNS = [
     *("benchmark", "scale", "method", "seed", "data", "code"),
     *("domain", "selection", "epoch", "statistics", "accuracy", "shift", "stretch"),
@@ -33,17 +35,12 @@ COLUMNS = [
 
 @pytest.fixture(scope="module")
 def page():
-    """What the notebook imports and defines, and its two demonstrations; nothing is trained."""
-    names = {}
+    """The library's functions, and the demonstration of the notebook; nothing is trained."""
+    names = dict(vars(batch_norm))
     for cell in nbformat.read(NOTEBOOK, 4).cells:
-        if cell.cell_type == "code":
-            kinds = ast.Import | ast.ImportFrom | ast.FunctionDef
-            kept = [
-                n
-                for n in ast.parse(cell.source).body
-                if isinstance(n, kinds) or "nn.BatchNorm1d(" in cell.source
-            ]
-            exec(compile(ast.Module(kept, []), NOTEBOOK.name, "exec"), names)
+        if cell.cell_type == "code" and "nn.BatchNorm1d(" in cell.source:
+            names |= {"assert_close": assert_close}
+            exec(compile(cell.source, NOTEBOOK.name, "exec"), names)
     return names
 
 
@@ -58,9 +55,12 @@ def test_batch_norm_by_hand(page):
     assert_close(torch.cat(page["in_evaluation"]).flatten(), torch.tensor(values))
     assert [int((x > 0).sum()) for x in page["in_training"]] == [1, 1]
     assert [int((x > 0).sum()) for x in page["in_evaluation"]] == [0, 2]
+    unit = nn.BatchNorm1d(1, eps=1e-12, momentum=0.1, affine=False)
+    for _ in range(200):
+        for x in page["two_domains"]:
+            unit(x)
     assert_close(
-        torch.cat([page["unit"].running_mean, page["unit"].running_var]),
-        torch.tensor([109 / 19, 98 / 19]),
+        torch.cat([unit.running_mean, unit.running_var]), torch.tensor([109 / 19, 98 / 19])
     )
 
 
@@ -123,13 +123,23 @@ def test_batch_norm_shift_and_stretch(page):
     assert_close(torch.tensor(page["shift_and_stretch"](network, own)), torch.tensor([3.0, 2.0]))
 
 
-def test_batch_norm_delta_p_is_against_the_mean_of_stl(page):
-    both = [
-        {"x": {"accuracy": 80.0}, "y": {"accuracy": 50.0}},
-        {"x": {"accuracy": 90.0}, "y": {"accuracy": 50.0}},
+def test_batch_norm_delta_p_is_against_stl_of_the_same_seed(page):
+    accuracies = {
+        ("STL", 0): (80.0, 50.0),
+        ("STL", 1): (90.0, 40.0),
+        ("EW", 0): (80.0, 50.0),
+        ("EW", 1): (99.0, 40.0),
+    }
+    line = {"benchmark": "x", "selection": "best", "epoch": 1, "shift": 0, "stretch": 1}
+    rows = [
+        line
+        | {"method": method, "seed": seed, "domain": domain}
+        | {"statistics": "mixed", "accuracy": accuracy}
+        for (method, seed), values in accuracies.items()
+        for domain, accuracy in zip("ab", values, strict=True)
     ]
-    runs = {"STL": {0: both[0], 1: both[0]}, "EW": {0: both[0], 1: both[1]}}
-    assert page["gains"](runs) == {"EW": {0: 0.0, 1: pytest.approx(100 * (10 / 80) / 2)}}
+    found = page["gain_frame"](page["accuracy_frame"](rows))
+    assert found["gain"].tolist() == [0.0, pytest.approx(5.0)]
 
 
 # -------------------------------------------------------------------------------- committed numbers
@@ -157,16 +167,17 @@ def test_batch_norm_committed_numbers_are_complete():
 
 @pytest.mark.parametrize("selection", ["best", "last"])
 def test_batch_norm_committed_numbers_show_what_the_page_says(page, selection):
-    table = rows_of(COMMITTED)
-    for row in page["domain_rows"](table, selection):
+    frame = page["accuracy_frame"](rows_of(COMMITTED))
+    for row in page["domain_table"](frame, selection).to_dict("records"):
         gained = row["own"] - row["mixed"]
         if row["method"] != "STL" and row["domain"] == "sketch":
             assert gained > 4 and row["shift"] > 0.4 and row["stretch"] < 0.7
         elif row["method"] == "STL" or row["benchmark"] == "office31":
             assert abs(gained) < 0.6 and row["shift"] < 0.2
-    for kind, low, high in (("mixed", -6, -1), ("own", -0.5, 0.5)):
-        found = page["gains"](page["accuracies"](table, "pacs", selection)[kind])
-        assert all(low < page["mean"](found[method].values()) < high for method in ("EW", "DB-MTL"))
+    gains = page["gain_frame"](frame)
+    of_pacs = gains[(gains["benchmark"] == "pacs") & (gains["selection"] == selection)]
+    means = of_pacs.groupby(["statistics", "method"])["gain"].mean()
+    assert means["mixed"].between(-6, -1).all() and means["own"].between(-0.5, 0.5).all()
 
 
 def test_batch_norm_picture_is_drawn_from_the_committed_numbers_alone(page, tmp_path):
@@ -175,24 +186,25 @@ def test_batch_norm_picture_is_drawn_from_the_committed_numbers_alone(page, tmp_
     for row in table:
         row["accuracy"] = f"{float(row['accuracy']) - 1:.6g}"
     with matplotlib.rc_context():
-        page["use_style"]()
-        path = page["write_rows"](table, tmp_path / "numbers.csv")
-        wanted = page["save_figure"](page["draw"](page["read_rows"](path)), "wanted", tmp_path)
+        use_style()
+        path = write_csv(table, tmp_path / "figures" / "studies" / "batch_norm.csv")
+        frame = page["accuracy_frame"](page["read_rows"](path))
+        wanted = save_figure(page["both_ways_figure"](frame), "wanted", tmp_path)
         page["plt"].close("all")
-    (tmp_path / "figures").mkdir()
-    path.rename(tmp_path / "figures" / "batch_norm.csv")
-    before = (tmp_path / "figures" / "batch_norm.csv").read_bytes()
+    before = path.read_bytes()
     command = [sys.executable, ROOT / "ci" / "run_notebooks.py", "--only", NAME]
     env = {**os.environ, "DBMTL_OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=env, capture_output=True, text=True, timeout=180, stdin=subprocess.DEVNULL
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    assert (tmp_path / "figures" / "batch_norm.csv").read_bytes() == before
+    assert path.read_bytes() == before
     for file in wanted:
-        drawn = (tmp_path / "figures" / f"batch_norm{file.suffix}").read_bytes()
+        drawn = (tmp_path / "figures" / "studies" / f"batch_norm{file.suffix}").read_bytes()
         assert drawn == file.read_bytes()
-        assert drawn != (ROOT / "figures" / f"batch_norm{file.suffix}").read_bytes()
-        assert (tmp_path / "out" / "smoke" / "figures" / f"batch_norm{file.suffix}").exists()
-    own = rows_of(tmp_path / "out" / "smoke" / "figures" / "batch_norm.csv")
+        assert drawn != (ROOT / "figures" / "studies" / f"batch_norm{file.suffix}").read_bytes()
+        assert (
+            tmp_path / "out" / "smoke" / "figures" / "studies" / f"batch_norm{file.suffix}"
+        ).exists()
+    own = rows_of(tmp_path / "out" / "smoke" / "figures" / "studies" / "batch_norm.csv")
     assert list(own[0]) == COLUMNS and {row["scale"] for row in own} == {"smoke"}

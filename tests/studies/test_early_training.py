@@ -50,8 +50,8 @@ def factors_of(record):
 
 def check_numbers(records, folder):
     """The files beside the pictures say what the records say."""
-    losses = rows(folder, "qm9_early_losses_*.csv")
-    weights = rows(folder, "qm9_early_weights_*.csv")
+    losses = rows(folder / "studies", "early_training.csv")
+    weights = rows(folder / "studies", "early_weights.csv")
     for record in records:
         method = record["config"]["method"]
         if record["curves"]["epochs"]:
@@ -107,14 +107,14 @@ def test_early_training_takes_steps_and_draws_its_own_records(smoke):
     assert set(records) == {"EW", "DWA", "PCGrad", "DB-MTL", "GradDrop"}
     assert all(r["step"] == 6 and r["config"]["seed"] == 3 for r in records.values())
     check_numbers(records.values(), smoke / "figures")
-    weights = rows(smoke / "figures", "qm9_early_weights_*.csv")
+    weights = rows(smoke / "figures" / "studies", "early_weights.csv")
     assert np.all(numbers(weights, "EW") == 1) and len(numbers(weights, "DB-MTL")) == 6
     assert numbers(weights, "DB-MTL").std() > 0.1 and len(numbers(weights, "GradDrop")) == 0
 
 
 @pytest.mark.full
 def test_early_training_says_what_it_is_and_ranks_nothing(smoke):
-    text = (smoke / "figures" / "qm9_early.md").read_text()
+    text = (smoke / "figures" / "studies" / "early_training_numbers.md").read_text()
     lines = [
         line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("| ")
     ]
@@ -134,7 +134,7 @@ def test_early_training_says_what_it_is_and_ranks_nothing(smoke):
 
 
 def test_committed_early_training_is_of_every_method_and_of_the_records():
-    assert len(rows(FIGURES, "qm9_early.csv")) == len(RECORDS)
+    assert len(rows(FIGURES / "studies", "early_training_numbers.csv")) == len(RECORDS)
     if RECORDS:
         methods = {r["config"]["method"] for r in RECORDS}
         not_run = NAMES - methods

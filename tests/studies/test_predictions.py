@@ -26,7 +26,7 @@ ALBUMS = {
 
 def album(stem):
     """Depth is kept as differences along a row, images with 32 levels."""
-    with np.load(ROOT / "figures" / f"predictions_{stem}.npz") as file:
+    with np.load(ROOT / "figures" / "studies" / f"predictions_{stem}.npz") as file:
         found = dict(file)
     found["depth"] = np.cumsum(found["depth"], axis=2).astype(np.int16)
     return found, json.loads(str(found.pop("about")))
@@ -67,7 +67,7 @@ def reproduce(*args, out, **env):
 def test_predictions_files_are_small_and_whole(stem):
     name, fields = ALBUMS[stem]
     arrays, about = album(stem)
-    assert (ROOT / "figures" / f"predictions_{stem}.npz").stat().st_size < 61_440
+    assert (ROOT / "figures" / "studies" / f"predictions_{stem}.npz").stat().st_size < 61_440
     assert (
         about["benchmark"] == name
         and about["scale"] == "generated"
@@ -121,26 +121,34 @@ def test_predictions_beat_constants_on_their_scenes(stem):
 
 def test_predictions_are_drawn_again_from_their_albums(tmp_path):
     """A smoke run draws the committed pictures anew, its own elsewhere, and no album changes."""
-    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "studies").mkdir(parents=True)
     for stem in ALBUMS:
-        shutil.copy(ROOT / "figures" / f"predictions_{stem}.npz", tmp_path / "figures")
+        shutil.copy(
+            ROOT / "figures" / "studies" / f"predictions_{stem}.npz",
+            tmp_path / "figures" / "studies",
+        )
     done = reproduce(out=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for stem in ALBUMS:
-        again, kept = (folder / "figures" / f"predictions_{stem}" for folder in (tmp_path, ROOT))
+        again, kept = (
+            folder / "figures" / "studies" / f"predictions_{stem}" for folder in (tmp_path, ROOT)
+        )
         assert again.with_suffix(".npz").read_bytes() == kept.with_suffix(".npz").read_bytes()
         first, second = (
-            np.asarray(Image.open(path.with_suffix(".png")).convert("RGB"), dtype=int)
+            np.asarray(Image.open(f"{path}_1.png").convert("RGB"), dtype=int)
             for path in (again, kept)
         )
         assert first.shape == second.shape and np.abs(first - second).mean() < 2
-        assert (tmp_path / "out" / "smoke" / "figures" / f"predictions_{stem}.png").exists()
+        assert (
+            tmp_path / "out" / "smoke" / "figures" / "studies" / f"predictions_{stem}_1.png"
+        ).exists()
     made = {
         path.relative_to(tmp_path / "figures").as_posix()
         for path in tmp_path.glob("figures/**/*.*")
     }
-    assert made == {f"predictions_{stem}.{end}" for stem in ALBUMS for end in ("npz", "png")} | {
-        f"cards/predictions_{stem}.json" for stem in ALBUMS
+    names = {f"predictions_{stem}_{number}" for stem in ALBUMS for number in (1, 2, 3)}
+    assert made == {f"studies/predictions_{stem}.npz" for stem in ALBUMS} | {
+        f"studies/{part}" for name in names for part in (f"{name}.png", f"cards/{name}.json")
     }
 
 
@@ -178,7 +186,11 @@ def test_predictions_of_real_images_stay_out_of_figures(tmp_path, monkeypatch):
     names = {"get_benchmark": lambda name: small, "display": lambda *found: shown.extend(found)}
     run_cells(given, names)
     made = tmp_path / "out" / "out" / "predictions"
-    assert sorted(path.name for path in made.iterdir()) == ["nyuv2_cpu.npz", "nyuv2_cpu.png"]
+    assert sorted(path.name for path in made.iterdir()) == [
+        "nyuv2_cpu.npz",
+        "nyuv2_cpu_1.png",
+        "nyuv2_cpu_2.png",
+    ]
     assert not (tmp_path / "out" / "figures").exists()
     texts = [each.data for each in shown if type(each).__name__ == "Markdown"]
     assert len(texts) == len(shown) == 2 and texts[0].startswith(
