@@ -106,6 +106,7 @@ def _runs_shown(records) -> dict | None:
     counts = [len(runs) for runs in seeds.values()]
     return {
         "scale": finished[0]["config"]["scale"]["name"],
+        "protocol": finished[0]["config"]["protocol"],
         "runs": len(records),
         "finished": len(finished),
         "methods": len(seeds),

@@ -135,7 +135,7 @@ class Comparison:
         "All tasks of the benchmark; none where nothing was run."
         return list(dict.fromkeys(self._test["task"]))
 
-    @property
+    @functools.cached_property
     def protocols(self) -> list[str]:
         "The rules of the epoch that every run has; both, if there are no runs."
         rules = list(RULES)

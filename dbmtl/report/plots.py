@@ -48,7 +48,8 @@ def dots(
     printed = printed or {}
     frame = frame.dropna(subset="value")
     series = _series_of(frame)
-    slots = [*series, "paper"] if printed else series
+    ours = series or ([""] if missing else [])
+    slots = [*ours, "paper"] if printed else ours
     spread = _DODGE if len(slots) > 1 else 0.0
     offsets = dict(zip(slots, np.linspace(-spread / 2, spread / 2, len(slots)), strict=True))
 
@@ -75,8 +76,9 @@ def dots(
     _draw_intervals(ax, marks, zero)
     for row, reason in (missing or {}).items():
         if row in order:
-            place = order.index(row) + (offsets[series[0]] if series else 0)
+            place = order.index(row) + (offsets[slots[0]] if slots else 0)
             look = {"fontsize": 8, "color": NOTE_COLOR, "va": "center"}
+            look["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
             ax.annotate(reason, (0.01, place), xycoords=("axes fraction", "data"), **look)
     ax.set_yticks(range(len(order)), [(names or {}).get(row, row) for row in order])
     ax.set_ylim(len(order) - 0.4, -0.6)

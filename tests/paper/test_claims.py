@@ -403,9 +403,9 @@ def test_claims_missing_runs_are_those_that_nobody_made():
 # ------------------------------------------------------------------------------------ another route
 
 
-def runs_of(records, benchmark, scale, label):
+def runs_of(records, benchmark, scale, label, protocol):
     method, hyper = parse_method(label)
-    wanted = {"benchmark": benchmark, "method": method, "hyper": hyper}
+    wanted = {"benchmark": benchmark, "method": method, "hyper": hyper, "protocol": protocol}
     done = [
         r for r in records if r["state"] == "finished" and r["config"]["scale"]["name"] == scale
     ]
@@ -434,10 +434,12 @@ def metrics_of(record, rule):
 def other_route(records, row, rule):
     """Mean, half width, seeds and word of a row, from the records; None without a number."""
     weights = row.weights
-    runs = {
-        label: runs_of(records, PLACES[row.place], row.scale, label) for label in {*weights, "STL"}
-    }
-    if not all(runs.values()):
+    for protocol in (2, 1):  # the newest that has all
+        place = (PLACES[row.place], row.scale)
+        runs = {label: runs_of(records, *place, label, protocol) for label in {*weights, "STL"}}
+        if all(runs.values()):
+            break
+    else:
         return None
     if any(KINDS[rule] not in r["selected"] for found in runs.values() for r in found.values()):
         return None

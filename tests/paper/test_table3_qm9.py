@@ -11,7 +11,7 @@ from dbmtl.benchmarks.base import get_benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "figures" / "paper"
-RUNS = sorted((ROOT / "figures" / "runs").rglob("qm9-cpu-*.json"))
+RUNS = sorted((ROOT / "figures" / "runs" / "qm9").glob("cpu-*.json"))
 FILES = [json.loads(path.read_text()) for path in RUNS]
 RECORDS = [record for record in FILES if not record["config"]["hyper"]]
 METHODS = {

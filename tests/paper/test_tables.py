@@ -81,13 +81,15 @@ def scale_of(stem):
 def records(benchmark, scale):
     """{method: {seed: record}} of methods without settings, finished runs."""
     runs = {}
-    for path in sorted(RUNS.rglob(f"{benchmark}-{scale}-*.json")):
-        record = json.loads(path.read_text())
+    found = [json.loads(path.read_text()) for path in sorted((RUNS / benchmark).glob(f"{scale}-*"))]
+    newest = max((run["config"]["protocol"] for run in found), default=1)
+    for record in found:
         config = record["config"]
         method = config["method"]
         if record["state"] != "finished" or config["hyper"] or "+" in method:  # Figure 1 has those
             continue
-        if config == configuration(benchmark, method, config["seed"], scale):
+        today = configuration(benchmark, method, config["seed"], scale)
+        if config == today | {"protocol": newest}:
             runs.setdefault(method, {})[config["seed"]] = record
     return {method: dict(sorted(by_seed.items())) for method, by_seed in runs.items()}
 

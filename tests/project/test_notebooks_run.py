@@ -63,7 +63,9 @@ def test_notebook(name, tmp_path, warm_python):
     assert (tmp_path / "out" / "notebooks" / f"{name}.ipynb").exists()
     asks = re.search(r"\b(run_all|ask)\(", path_of(name).read_text(encoding="utf-8"))
     if asks and "scale" in papermill.inspect_notebook(path_of(name)):
-        records = [json.loads(path.read_text()) for path in tmp_path.glob("out/smoke/runs/*/*.json")]
+        records = [
+            json.loads(path.read_text()) for path in tmp_path.glob("out/smoke/runs/*/*.json")
+        ]
         assert any(record["step"] > 0 for record in records)
 
 

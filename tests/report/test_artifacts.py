@@ -12,7 +12,7 @@ NOTEBOOK = "15_paper/01_table1_nyuv2"
 
 def run(state="finished", scale="cpu"):
     size = {"name": scale, "train_size": 8, "epochs": 1, "batch_size": 4, "width": 2}
-    config = {"benchmark": "toy", "method": "EW", "hyper": {}, "seed": 0}
+    config = {"benchmark": "toy", "method": "EW", "hyper": {}, "seed": 0, "protocol": 2}
     config["scale"] = size | {"learning_rate": 1e-3}
     return {"config": config, "state": state, "steps": 2, "device": "cpu: test"}
 
@@ -66,6 +66,7 @@ def test_a_card_counts_the_runs(tmp_path):
     shown = json.loads(path.read_text())["runs"]["toy"]
     assert shown["runs"] == 2 and shown["finished"] == 1 and shown["methods"] == 1
     assert (shown["fewest"], shown["seeds"], shown["device"]) == (2, 2, ["cpu: test"])
+    assert shown["protocol"] == 2
     before = path.read_bytes()
     Artifacts(NOTEBOOK, {"toy": runs}, folder=tmp_path).card("x", "Caption.")
     assert path.read_bytes() == before

@@ -427,12 +427,15 @@ def table(stem):
 def runs_of(benchmark, scale):
     """{method: {seed: record}} of the files that belong to the present configuration."""
     found = {method: {} for method in SHOWN}
-    for path in sorted((ROOT / "figures" / "runs").rglob(f"{benchmark}-{scale}-*.json")):
-        run = json.loads(path.read_text())
+    paths = sorted((ROOT / "figures" / "runs" / benchmark).glob(f"{scale}-*.json"))
+    runs = [json.loads(path.read_text()) for path in paths]
+    runs = [run for run in runs if run["config"]["method"] in SHOWN and run["state"] == "finished"]
+    newest = max((run["config"]["protocol"] for run in runs), default=1)
+    for run in runs:
         config = run["config"]
-        if config["method"] in SHOWN and not config["hyper"] and run["state"] == "finished":
-            if config == configuration(benchmark, config["method"], config["seed"], scale):
-                found[config["method"]][config["seed"]] = run
+        today = configuration(benchmark, config["method"], config["seed"], scale)
+        if config == today | {"protocol": newest}:
+            found[config["method"]][config["seed"]] = run
     return found
 
 

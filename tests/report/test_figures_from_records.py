@@ -30,13 +30,14 @@ def rows(path):
 
 
 def shown_scale(stem, benchmark):
+    """(scale, protocol) of the runs that a picture shows; None where there are none."""
     shown = json.loads((FIGURES / "cards" / f"{stem}.json").read_text())["runs"].get(benchmark)
-    return shown and shown["scale"]
+    return shown and (shown["scale"], shown["protocol"])
 
 
 @cache
 def records(benchmark, scale):
-    paths = sorted((ROOT / "figures" / "runs").glob(f"{benchmark}-{scale}-*.json"))
+    paths = sorted((ROOT / "figures" / "runs" / benchmark).glob(f"{scale}-*.json"))
     read = [json.loads(path.read_text()) for path in paths]
     return [record for record in read if record["config"]["benchmark"] == benchmark]
 
@@ -44,7 +45,8 @@ def records(benchmark, scale):
 def run(benchmark, scale, label, seed):
     """The finished record of a label and seed, as it would be configured today; or None."""
     method, hyper = parse_method(label)
-    wanted = configuration(benchmark, method, seed, scale, hyper)
+    scale, protocol = scale
+    wanted = configuration(benchmark, method, seed, scale, hyper) | {"protocol": protocol}
     for record in records(benchmark, scale):
         if record["config"] == wanted and record["state"] == "finished":
             return record

@@ -82,7 +82,7 @@ def toy(theta):
 
 
 def table():
-    with open(FIGURES / "toy_problem.csv", encoding="utf-8", newline="") as file:
+    with open(FIGURES / "studies" / "toy_problem.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 

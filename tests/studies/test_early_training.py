@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "figures"
 FILES = [
     json.loads(path.read_text())
-    for path in sorted((FIGURES / "runs").glob("qm9-early-*-s0-*.json"))
+    for path in sorted((FIGURES / "runs").glob("qm9/early-*-s0-*.json"))
 ]
 NAMES = {"STL", *method_names()}  # not those with the logarithm in front, nor those with settings
 RECORDS = [r for r in FILES if r["config"]["method"] in NAMES and not r["config"]["hyper"]]
@@ -102,7 +102,7 @@ def smoke(tmp_path_factory, warm_python):
 def test_early_training_takes_steps_and_draws_its_own_records(smoke):
     records = {
         r["config"]["method"]: r
-        for r in (json.loads(p.read_text()) for p in smoke.glob("runs/*.json"))
+        for r in (json.loads(p.read_text()) for p in smoke.glob("runs/*/*.json"))
     }
     assert set(records) == {"EW", "DWA", "PCGrad", "DB-MTL", "GradDrop"}
     assert all(r["step"] == 6 and r["config"]["seed"] == 3 for r in records.values())

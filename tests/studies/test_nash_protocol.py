@@ -155,7 +155,7 @@ def test_nash_protocol_table_recomputes_what_numpy_does():
 
 def records():
     found = {}
-    for path in sorted((FIGURES / "runs").glob("qm9-*.json")):
+    for path in sorted((FIGURES / "runs").glob("qm9/*.json")):
         record = json.loads(path.read_text())
         config = record["config"]
         label = config["method"] + "".join(f"({k}={v})" for k, v in config["hyper"].items())
