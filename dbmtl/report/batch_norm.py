@@ -9,14 +9,13 @@ __all__ = ['norms_of', 'own_statistics', 'shift_and_stretch', 'measured', 'read_
 # %% ../../nbs/11_report/22_batch_norm.ipynb #6a609b1d
 import copy
 import csv
-import math
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from torch import nn
 
-from ..experiments.epoch_selection import improvements
+from ..experiments.epoch_selection import best_epoch, improvements
 from ..experiments.loop import Loop
 from ..experiments.step import evaluate
 from .comparison import estimate
@@ -66,14 +65,12 @@ def _trained(benchmark, data, tasks, method, seed, size):
     "{selection: (epoch, network)} of the best epoch by validation and the last; all epochs' rows."
     loop = Loop(benchmark, data, tasks, method, seed, size)
     chosen = {}
-    highest = -math.inf
     for epoch in range(1, size.epochs + 1):
         for _ in range(loop.steps):
             loop.step()
         loop.end_epoch()
-        gain = improvements(loop.rows, benchmark.directions)[-1]
-        if gain > highest:
-            highest = gain
+        gains = improvements(loop.rows, benchmark.directions)
+        if best_epoch(gains) == epoch - 1:
             chosen["best"] = epoch, copy.deepcopy(loop.model)
     return chosen | {"last": (epoch, loop.model)}, loop.rows
 

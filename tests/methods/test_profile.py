@@ -311,7 +311,7 @@ def test_method_cost_generates_the_samples_of_every_scale():
         assert timed.extra["source"] == "generated"
         assert timed.extra["weights"] == "none"
         assert (timed.width, timed.batch_size) == (scale.width, scale.batch_size)
-        assert timed.train_size == 2 * scale.batch_size
+        assert timed.train_size == 3 * scale.batch_size
 
 
 RECORD = ROOT / "figures" / "benchmarks" / "method_cost.json"
