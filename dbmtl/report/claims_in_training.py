@@ -8,7 +8,6 @@ __all__ = ['recorded_curves', 'roughness', 'late_norm', 'last_fifth', 'rise', 'p
 
 # %% ../../nbs/11_report/18_claims_in_training.ipynb #bb9b3554
 import functools
-import math
 
 import numpy as np
 from scipy import stats

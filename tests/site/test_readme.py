@@ -13,6 +13,8 @@ import nbformat
 import pytest
 from scipy import stats
 
+from dbmtl.benchmarks.base import get_benchmark
+
 pytestmark = pytest.mark.full
 
 ROOT = Path(__file__).resolve().parents[2]
