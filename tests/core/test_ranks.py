@@ -1,0 +1,685 @@
+"""Several processes against one on the joined batch: gradients, slopes, weights, state."""
+
+import os
+import queue
+import socket
+import traceback
+import warnings
+from datetime import timedelta
+
+import pytest
+import torch
+from helpers.methods import (
+    BASES,
+    FEATURES,
+    SMALL,
+    THREE,
+    base,
+    same,
+)
+from torch import distributed as dist
+from torch import multiprocessing, nn
+from torch.testing import assert_close
+
+from dbmtl import DBMTL, make_balancer
+from dbmtl.registry import hyperparameters
+
+F64 = torch.float64
+WAIT = 30  # seconds, for a sum and for an answer
+CUTS = {1: [12], 2: [9, 3], 3: [5, 1, 6], 4: [2, 5, 1, 4]}  # samples of each rank
+
+
+class Net(nn.Module):
+    """Three tasks of unlike scales behind one trunk; each sample counts for some of the tasks."""
+
+    def __init__(self, unused=False, order=(0, 1, 2)):
+        super().__init__()
+        torch.manual_seed(3)
+        self.trunk = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), nn.Tanh())
+        self.heads = nn.ModuleList(nn.Linear(3, 2) for _ in range(3))
+        self.spare = nn.Linear(4, 3)
+        self.to(F64)
+
+    def features(self, x):
+        return self.trunk(x)
+
+    def losses(self, z, y, valid):
+        """The mean over each task's valid samples; NaN where it has none."""
+        errors = [(head(z) - y[t]).square().mean(1) for t, head in enumerate(self.heads)]
+        return [10.0**t * error[valid[t]].mean() + 0.1 * (t + 1) for t, error in enumerate(errors)]
+
+    def grads(self):
+        return [None if p.grad is None else p.grad.clone() for p in self.parameters()]
+
+
+def batch(seed, size=12):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 4, generator=g, dtype=F64)
+    y = torch.randn(3, size, 2, generator=g, dtype=F64)
+    valid = torch.rand(3, size, generator=g) < 0.8
+    valid[:, -1] = True
+    return x, y, valid
+
+
+def part(data, rank, size):
+    """One rank's samples, which are not as many as another's."""
+    x, y, valid = data
+    where = slice(sum(CUTS[size][:rank]), sum(CUTS[size][: rank + 1]))
+    return x[where], y[:, where], valid[:, where]
+
+
+def make(name, model, **options):
+    seed = {"seed": 7} if "seed" in hyperparameters(name) else {}
+    hyper = SMALL.get(base(name), {}) | seed | options
+    return make_balancer(name, shared=model.trunk, num_tasks=3, **hyper)
+
+
+class Seen(list):
+    """What is compared after each step."""
+
+    def note(self, model, balancer):
+        state = balancer.state_dict()
+        weights = [p.detach().clone() for p in balancer.parameters()]
+        numbers = [balancer.slopes, balancer.weights, balancer.nonfinite.clone()]
+        self.append([model.grads(), numbers, weights, tensors(state)])
+
+
+def tensors(nested):
+    """The tensors and numbers of a nested state, without random streams."""
+    if isinstance(nested, torch.Tensor):
+        return nested.clone().double()
+    if isinstance(nested, dict):
+        return {str(k): tensors(v) for k, v in nested.items() if k not in ("streams", "seed")}
+    if isinstance(nested, list | tuple):
+        return [tensors(value) for value in nested]
+    return nested
+
+
+@torch.no_grad()
+def follow(model, balancer, losses, sizes, rate=1e-2):
+    for p in [*model.parameters(), *balancer.parameters()]:
+        if p.grad is not None:
+            p.sub_(p.grad, alpha=rate)
+        p.grad = None
+    balancer.after_step(losses(), size=sizes)
+    balancer.end_epoch()
+
+
+def train(rank, size, name, steps=5, accumulate=False, **options):
+    """Some steps of one rank; one rank of one is the joined batch."""
+    warnings.simplefilter("error")
+    model = Net()
+    balancer = make(name, model, **options)
+    seen = Seen()
+    for seed in range(steps):
+        drawn = [batch(10 * seed + k) for k in range(balancer.aggregator.num_batches)]
+        valid = torch.stack([data[2] for data in drawn]).all(0)  # equal counts in all batches
+        pieces = [part((*data[:2], valid), rank, size) for data in drawn]
+        sizes = pieces[0][2].sum(1)
+        if accumulate:
+            x, y, valid = pieces[0]
+            for one in range(len(x)):
+                piece = x[one : one + 1], y[:, one : one + 1], valid[:, one : one + 1]
+                losses = model.losses(model.features(piece[0]), *piece[1:])
+                balancer.accumulate(losses, piece[2].sum(1))
+            balancer.backward()
+        else:
+            zs = [model.features(x) for x, _, _ in pieces]
+            losses = [model.losses(z, *data[1:]) for z, data in zip(zs, pieces, strict=True)]
+            features = {"features": zs[0]} if balancer.level == "features" else {}
+            balancer.backward(*losses, size=sizes, **features)
+        seen.note(model, balancer)
+        data = pieces[0]
+        follow(model, balancer, lambda: model.losses(model.features(data[0]), *data[1:]), sizes)
+    seen.append([p.detach().clone() for p in model.parameters()])
+    return list(seen)
+
+
+# processes that wait for work
+
+
+def work(rank, size, port, tasks, answers):
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo",
+        f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=WAIT),
+    )
+    for function, arguments, options in iter(tasks.get, None):
+        try:
+            torch.manual_seed(100 + rank)  # ranks draw other numbers
+            answers.put((rank, function(rank, size, *arguments, **options), None))
+        except Exception as error:
+            answers.put((rank, None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+    dist.destroy_process_group()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Processes:
+    """`size` processes in one group; a function runs in all of them, with their rank and size."""
+
+    def __init__(self, size):
+        context = multiprocessing.get_context("spawn")
+        self.size = size
+        self.answers = context.Queue()
+        self.tasks = [context.Queue() for _ in range(size)]
+        port = free_port()
+        self.processes = [
+            context.Process(target=work, args=(r, size, port, self.tasks[r], self.answers))
+            for r in range(size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, function, *arguments, **options):
+        """The answers of all ranks; an error in one of them is raised, a missing one too."""
+        answers = self.answers_of(function, *arguments, **options)
+        for _, error in answers:
+            assert error is None, error
+        return [result for result, _ in answers]
+
+    def answers_of(self, function, *arguments, **options):
+        for tasks in self.tasks:
+            tasks.put((function, arguments, options))
+        answers = {}
+        while len(answers) < self.size:
+            try:
+                rank, result, error = self.answers.get(timeout=2 * WAIT)
+            except queue.Empty:
+                raise AssertionError(f"ranks {sorted(answers)} answered, the others hang") from None
+            answers[rank] = (result, error)
+        return [answers[rank] for rank in range(self.size)]
+
+    def stop(self):
+        for tasks in self.tasks:
+            tasks.put(None)
+        for process in self.processes:
+            process.join(timeout=WAIT)
+            if process.is_alive():
+                process.kill()
+
+
+@pytest.fixture(scope="module")
+def pools():
+    started = {}
+
+    def of_size(size):
+        if size not in started:
+            started[size] = Processes(size)
+        return started[size]
+
+    yield of_size
+    for pool in started.values():
+        pool.stop()
+
+
+full = pytest.mark.full
+sizes = pytest.mark.parametrize("size", [2, 3])
+
+
+def assert_alike(a, b, rtol):
+    """Equal nested structures, numbers up to rounding."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_alike(a[key], b[key], rtol)
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            assert_alike(one, other, rtol)
+    elif isinstance(a, torch.Tensor | float):
+        assert_close(a, b, rtol=rtol, atol=1e-11, equal_nan=True)
+    else:
+        assert a == b
+
+
+def agree(ranks, one, rtol=1e-10):
+    for rank in ranks:
+        assert_alike(rank, one, rtol)
+    for rank in ranks[1:]:
+        assert same(rank, ranks[0])
+
+
+@full
+@sizes
+@pytest.mark.parametrize("name", BASES)
+def test_ranks_equal_one_process_on_the_joined_batch(pools, size, name):
+    agree(pools(size).run(train, name), train(0, 1, name))
+
+
+@full
+@pytest.mark.parametrize("name", ["EW", "GLS", "UW", "MoCo", "DB-MTL", "MGDA-UB", "SDMGrad"])
+def test_four_ranks_equal_one_process(pools, name):
+    agree(pools(4).run(train, name, steps=3), train(0, 1, name, steps=3))
+
+
+@pytest.mark.parametrize("grads", ["loop", "split", "batched"])
+def test_two_ranks_equal_one_process_in_every_order_of_passes(pools, grads):
+    agree(pools(2).run(train, "DB-MTL", 3, grads=grads), train(0, 1, "DB-MTL", 3, grads=grads))
+
+
+@pytest.mark.parametrize("check", ["later", "off"])
+@pytest.mark.parametrize("name", ["loss-only", "DB-MTL"])
+def test_two_ranks_without_a_look_at_the_losses(pools, name, check):
+    agree(pools(2).run(train, name, 3, check=check), train(0, 1, name, 3, check=check))
+
+
+ACCUMULATED = [name for name in BASES if name not in FEATURES | THREE | {"FAMO"}]
+
+
+@full
+@pytest.mark.parametrize("name", ACCUMULATED)
+def test_micro_batches_on_two_ranks_equal_one_process(pools, name):
+    """A micro-batch is one sample, so ranks accumulate unequal numbers of them."""
+    agree(pools(2).run(train, name, 3, accumulate=True), train(0, 1, name, 3))
+
+
+@full
+@pytest.mark.parametrize("name", ["DB-MTL", "PCGrad", "GradDrop", "RLW", "Nash-MTL", "MTAdam"])
+def test_twenty_steps_leave_all_ranks_equal_to_the_bit(pools, name):
+    first, *others = pools(3).run(train, name, 20)
+    assert all(same(other, first) for other in others)
+
+
+# random numbers and what is learned
+
+
+def train_without_seeds(rank, size, name):
+    """Each rank's generator starts elsewhere; the ranks must draw the same numbers all the same."""
+    torch.manual_seed(1000 + rank)
+    hyper = SMALL.get(name, {})
+    model = Net()
+    torch.manual_seed(2000 + rank)
+    balancer = make_balancer(name, shared=model.trunk, num_tasks=3, **hyper)
+    seen = Seen()
+    for seed in range(4):
+        x, y, valid = part(batch(seed), rank, size)
+        z = model.features(x)
+        features = {"features": z} if balancer.level == "features" else {}
+        balancer.backward(model.losses(z, y, valid), size=valid.sum(1), **features)
+        seen.note(model, balancer)
+        balancer.end_epoch()
+    return list(seen)
+
+
+@pytest.mark.parametrize(
+    "name", ["RLW", "PCGrad", "GradVac", "GradDrop", "GradDrop-features", "IGBv2"]
+)
+def test_ranks_without_a_seed_draw_the_same_numbers(pools, name):
+    first, second = pools(2).run(train_without_seeds, name)
+    assert same(first, second)
+
+
+# errors: on all ranks or on none
+
+
+def gradients_after(rank, size, change, name="DB-MTL", **options):
+    """A good step, a step that `change` spoils on some rank, and a good one again."""
+    model = Net()
+    balancer = make(name, model, **options)
+    told = None
+    for seed in range(3):
+        x, y, valid = part(batch(seed), rank, size)
+        z = model.features(x)
+        losses = model.losses(z, y, valid)
+        arguments = {"size": valid.sum(1)}
+        if balancer.level == "features":
+            arguments["features"] = z
+        before = (model.grads(), tensors(balancer.state_dict()))
+        try:
+            if seed == 1:
+                losses, arguments = change(rank, losses, arguments)
+            balancer.backward(losses, **arguments)
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}"
+            assert same((model.grads(), tensors(balancer.state_dict())), before)
+    return told, model.grads(), tensors(balancer.state_dict())
+
+
+def nan_on_rank_1(rank, losses, arguments):
+    if rank == 1:
+        losses[1] = losses[1] * float("nan")
+    return losses, arguments
+
+
+def failing_pass_on_rank_1(rank, losses, arguments):
+    if rank == 1:
+        losses[1] = losses[1] * 1.0
+        losses[1].register_hook(fail)
+    return losses, arguments
+
+
+def failing_first_pass_on_rank_1(rank, losses, arguments):
+    if rank == 1:
+        losses[0] = losses[0] * 1.0
+        losses[0].register_hook(fail)
+    return losses, arguments
+
+
+def failing_last_pass_on_rank_1(rank, losses, arguments):
+    if rank == 1:
+        losses[2] = losses[2] * 1.0
+        losses[2].register_hook(fail)
+    return losses, arguments
+
+
+def fail(gradient):
+    raise MemoryError("in the middle of a pass")
+
+
+def detached_on_rank_1(rank, losses, arguments):
+    if rank == 1:
+        losses[2] = losses[2].detach()
+    return losses, arguments
+
+
+def two_losses_on_rank_1(rank, losses, arguments):
+    return losses[: 3 - rank], arguments
+
+
+def no_size_on_rank_1(rank, losses, arguments):
+    return losses, {**arguments, "size": None} if rank else arguments
+
+
+def negative_size_on_rank_1(rank, losses, arguments):
+    return losses, {**arguments, "size": -1} if rank else arguments
+
+
+def dictionary_on_rank_1(rank, losses, arguments):
+    return dict(zip("abc", losses, strict=True)) if rank else losses, arguments
+
+
+def nothing_on_rank_1(rank, losses, arguments):
+    return None if rank else losses, arguments
+
+
+BAD = {
+    nan_on_rank_1: "the loss of task 1 is nan",
+    failing_pass_on_rank_1: "in the middle of a pass",
+    failing_first_pass_on_rank_1: "in the middle of a pass",
+    failing_last_pass_on_rank_1: "in the middle of a pass",
+    detached_on_rank_1: "does not require grad",
+    two_losses_on_rank_1: "expected 3 losses, got 2",
+    no_size_on_rank_1: "not at the same place",
+    negative_size_on_rank_1: "size of task 0 is -1",
+    dictionary_on_rank_1: "the tasks are [0, 1, 2]",
+    nothing_on_rank_1: "call that first",
+}
+
+
+@pytest.mark.parametrize("name", ["DB-MTL", "EW", "MGDA-UB"])
+@pytest.mark.parametrize("change", BAD, ids=lambda change: change.__name__)
+def test_what_is_bad_on_one_rank_raises_on_all_and_changes_nothing(pools, change, name):
+    answers = pools(2).run(gradients_after, change, name)
+    for told, _, _ in answers:
+        assert BAD[change] in told
+    kinds = {told.partition(":")[0] for told, _, _ in answers}
+    assert len(kinds) == 1
+    assert same(answers[0][1:], answers[1][1:])
+
+
+# what differs between ranks
+
+
+def train_in_another_order(rank, size, named):
+    """Dictionaries in another order on each rank, and a layer that one rank never uses."""
+    model = Net()
+    balancer = make("DB-MTL", model)
+    seen = Seen()
+    for seed in range(3):
+        x, y, valid = part(batch(seed), rank, size)
+        losses = model.losses(model.features(x), y, valid)
+        pairs = list(zip("abc", losses, strict=True))
+        counts = dict(zip("abc", valid.sum(1).tolist(), strict=True))
+        if named and rank == 1:
+            pairs = pairs[::-1]
+        balancer.backward(dict(pairs), size=counts)
+        seen.note(model, balancer)
+    return list(seen)
+
+
+def test_dictionaries_in_another_order_are_matched_by_name(pools):
+    agree(pools(2).run(train_in_another_order, True), train_in_another_order(0, 1, False))
+
+
+def train_with_unused_layers(rank, size, place, give_model):
+    """The joined loss uses `spare`; only the last rank does."""
+    model = Net()
+    parts = [model.trunk, model.spare] if place == "shared" else [model.trunk]
+    shared = [p for module in parts for p in module.parameters()]
+    options = {"model": model} if give_model else {}
+    balancer = DBMTL(shared=shared, num_tasks=3, **options)
+    seen = Seen()
+    for seed in range(3):
+        x, y, valid = part(batch(seed), rank, size)
+        losses = model.losses(model.features(x), y, valid)
+        if rank == size - 1 and seed != 1:
+            of_spare = model.spare(x[-1:]).square().sum() / valid[0].sum()
+            losses[0] = losses[0] + of_spare
+        balancer.backward(losses, size=valid.sum(1))
+        seen.note(model, balancer)
+        for p in model.parameters():
+            p.grad = None
+    return list(seen)
+
+
+@pytest.mark.parametrize("place, give_model", [("shared", False), ("heads", True)])
+def test_layers_unused_on_one_rank(pools, place, give_model):
+    one = train_with_unused_layers(0, 1, place, give_model)
+    agree(pools(3).run(train_with_unused_layers, place, give_model), one)
+
+
+def test_a_head_layer_unused_on_one_rank_needs_a_name(pools):
+    for _, error in pools(2).answers_of(train_with_unused_layers, "heads", False):
+        assert "give the balancer model=" in error
+
+
+def train_with_absent_tasks(rank, size, how, give_model=False):
+    """Rank 0 never has the second task, and in one step nobody has the third."""
+    model = Net()
+    options = {"model": model} if give_model else {}
+    balancer = DBMTL(shared=model.trunk, num_tasks=3, missing="skip", **options)
+    seen = Seen()
+    for seed in range(3):
+        x, y, valid = batch(seed)
+        valid[1, : CUTS[2][0]] = False
+        valid[2] &= seed != 1
+        x, y, valid = part((x, y, valid), rank, size)
+        counts = valid.sum(1)
+        losses = model.losses(model.features(x), y, valid)
+        if how == "none":
+            losses = [None if n == 0 else loss for n, loss in zip(counts, losses, strict=True)]
+        balancer.backward(losses, size=counts)
+        seen.note(model, balancer)
+        seen.append(balancer.seen)
+    return list(seen)
+
+
+@pytest.mark.parametrize("how, give_model", [("size", False), ("none", True)])
+def test_tasks_absent_on_one_rank_and_on_all(pools, how, give_model):
+    one = train_with_absent_tasks(0, 1, how)
+    agree(pools(2).run(train_with_absent_tasks, how, give_model), one)
+    assert one[-1].tolist() == [3, 3, 2]
+
+
+def test_a_head_that_a_rank_has_never_seen_needs_a_name(pools):
+    for _, error in pools(2).answers_of(train_with_absent_tasks, "none"):
+        assert "rank 0 has not seen the heads of tasks [1]" in error
+
+
+def other_balancer(rank, size, what):
+    torch.manual_seed(rank if what == "weights" else 0)
+    trunk = nn.Linear(4, 3)
+    tasks = 2 + (what == "tasks" and rank)
+    beta = 0.5 + 0.1 * (what == "method" and rank)
+    balancer = DBMTL(shared=trunk, num_tasks=tasks, beta=beta)
+    if what == "step" and rank:
+        balancer.step = 4
+    balancer.backward([trunk(torch.ones(2, 4)).square().mean() + t for t in range(tasks)])
+
+
+OTHER = {
+    "weights": "the shared parameters of rank 1 are not those of rank 0",
+    "tasks": "num_tasks is 3, there 2",
+    "method": "method is",
+    "step": "step is 4, there 0",
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_ranks_that_are_not_alike_are_refused(pools, what):
+    for _, error in pools(2).answers_of(other_balancer, what):
+        assert OTHER[what] in error
+
+
+def elsewhere(rank, size):
+    model = Net()
+    balancer = make("FAMO", model)
+    x, y, valid = part(batch(0), rank, size)
+    losses = model.losses(model.features(x), y, valid)
+    balancer.backward(losses)
+    if rank:
+        balancer.end_epoch()
+    else:
+        balancer.after_step(losses)
+
+
+def test_ranks_at_different_calls_raise(pools):
+    for _, error in pools(2).answers_of(elsewhere):
+        assert "not at the same place" in error
+
+
+# other ways to run
+
+
+def train_alone(rank, size):
+    """process_group=False: each rank for itself."""
+    return train(0, 1, "DB-MTL", 2, process_group=False)
+
+
+def train_in_subgroup(rank, size):
+    """Two of three ranks share their steps, the third is alone."""
+    pair = dist.new_group([0, 1])
+    if rank == 2:
+        return train(0, 1, "DB-MTL", 2, process_group=False)
+    return train(rank, 2, "DB-MTL", 2, process_group=pair)
+
+
+def test_without_a_group_and_in_a_part_of_the_ranks(pools):
+    one = train(0, 1, "DB-MTL", 2)
+    for rank in pools(2).run(train_alone):
+        assert same(rank, one)
+    *pair, alone = pools(3).run(train_in_subgroup)
+    agree(pair, one)
+    assert same(alone, one)
+
+
+def wrapped(rank, size, inside):
+    model = Net()
+    model.spare = None
+    ddp = nn.parallel.DistributedDataParallel(Wrapped(model))
+    balancer = make("DB-MTL", model)
+    seen = Seen()
+    for seed in range(3):
+        data = part(batch(seed), rank, size)
+        if inside:
+            with ddp.no_sync():
+                losses = ddp(*data)
+                balancer.backward(losses, size=data[2].sum(1))
+        else:
+            balancer.backward(ddp(*data), size=data[2].sum(1))
+        seen.note(model, balancer)
+    return list(seen)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, y, valid):
+        return self.model.losses(self.model.features(x), y, valid)
+
+
+def unwrapped(rank, size):
+    model = Net()
+    model.spare = None
+    balancer = make("DB-MTL", model)
+    seen = Seen()
+    for seed in range(3):
+        x, y, valid = part(batch(seed), rank, size)
+        balancer.backward(model.losses(model.features(x), y, valid), size=valid.sum(1))
+        seen.note(model, balancer)
+    return list(seen)
+
+
+def test_a_wrapped_model_inside_no_sync(pools):
+    agree(pools(2).run(wrapped, True), unwrapped(0, 1))
+
+
+def test_a_wrapped_model_outside_no_sync_is_told_what_to_write(pools):
+    for _, error in pools(2).answers_of(wrapped, False):
+        assert "with model.no_sync():" in error
+
+
+def resumed(rank, size, state):
+    model = Net()
+    balancer = make("DB-MTL", model)
+    if state is not None:
+        balancer.load_state_dict(state)
+    for seed in range(2):
+        x, y, valid = part(batch(seed), rank, size)
+        balancer.backward(model.losses(model.features(x), y, valid), size=valid.sum(1))
+    return model.grads(), balancer.state_dict()
+
+
+def test_a_state_of_two_ranks_goes_on_on_three_and_on_one(pools):
+    (_, state), _ = pools(2).run(resumed, None)
+    one = resumed(0, 1, state)
+    for rank in pools(3).run(resumed, state):
+        assert_alike(rank[0], one[0], 1e-10)
+        assert_alike(tensors(rank[1]), tensors(one[1]), 1e-10)
+
+
+def end_of_epoch(rank, size, name):
+    model = Net()
+    balancer = make(name, model)
+    for epoch in range(3):
+        x, y, valid = part(batch(epoch), rank, size)
+        losses = model.losses(model.features(x), y, valid)
+        balancer.backward(losses, size=valid.sum(1))
+        balancer.end_epoch([loss.detach() for loss in losses], size=valid.sum(1))
+    return model.grads(), tensors(balancer.state_dict())
+
+
+@pytest.mark.parametrize("name", ["DWA", "STCH", "GradNorm", "EW"])
+def test_means_of_an_epoch_are_joined(pools, name):
+    agree(pools(2).run(end_of_epoch, name), end_of_epoch(0, 1, name))
+
+
+def half_precision(rank, size, dtype):
+    model = Net().to(dtype)
+    balancer = make("DB-MTL", model)
+    for seed in range(2):
+        x, y, valid = part(batch(seed), rank, size)
+        z = model.features(x.to(dtype))
+        balancer.backward(model.losses(z, y.to(dtype), valid), size=valid.sum(1))
+    return model.grads()
+
+
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-3), (torch.bfloat16, 0.2)])
+def test_other_dtypes_are_summed_in_float32(pools, dtype, rtol):
+    first, second = pools(2).run(half_precision, dtype)
+    assert same(first, second)
+    for a, b in zip(first, half_precision(0, 1, dtype), strict=True):
+        if a is not None:
+            assert a.dtype == dtype
+            assert (a - b).float().norm() < rtol * b.float().norm()
