@@ -139,7 +139,9 @@ def test_unknown_names_are_refused_before_anything_is_written():
     model = Net()
     weights = {"seg": 1, "dept": 1, "normal": 1}
     balancer = DBMTL(shared=model.trunk, num_tasks=3, weights=weights)
-    with pytest.raises(ValueError, match=r"missing: \['depth'\], unknown: \['dept'\]; did you mean"):
+    with pytest.raises(
+        ValueError, match=r"missing: \['depth'\], unknown: \['dept'\]; did you mean"
+    ):
         balancer.backward(by_name(model))
     assert balancer.step == 0 and all(p.grad is None for p in model.parameters())
     with pytest.raises(ValueError, match=r"the tasks are \[0, 1, 2\]; missing"):

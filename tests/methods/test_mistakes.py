@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.methods import BASES, FEATURES, Net, every_base, make, same, step
+from helpers.methods import BASES, EPOCHS, FEATURES, Net, every_base, make, same, step
 from torch import nn
 
 from dbmtl import DBMTL, Balancer, CAGrad, Identity, MaxNorm, Sum, make_balancer
@@ -288,3 +288,76 @@ def test_a_model_that_was_compiled_for_single_passes(monkeypatch):
         a_step_after_an_ordinary_pass()
     monkeypatch.setattr(config, "donated_buffer", False)
     assert a_step_after_an_ordinary_pass() == 1
+
+
+# -------------------------------------------------------------------- epochs that nobody tells of
+
+
+def quiet_steps(name, number, **options):
+    """The warnings of that many steps without an end of an epoch."""
+    model = Net()
+    balancer = make(name, model, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(number):
+            step(balancer, model, seed)
+            for p in [*model.parameters(), *balancer.parameters()]:
+                p.grad = None
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("name", sorted(EPOCHS))
+def test_a_method_that_waits_for_epochs_warns_once_after_200_steps(name):
+    [message] = quiet_steps(name, 203)
+    assert message.startswith(f"{name} waits for the end of an epoch, and 200 steps passed")
+    assert "balancer.end_epoch() after each epoch, or give window=" in message
+
+
+@pytest.mark.parametrize("name", sorted(EPOCHS))
+def test_with_a_window_or_an_epoch_nothing_is_told(name):
+    assert quiet_steps(name, 203, window=50) == []
+    model = Net()
+    balancer = make(name, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(203):
+            balancer.backward(model.losses(model.features(seed)))
+            if seed == 100:
+                balancer.end_epoch()
+
+
+def test_methods_without_epochs_are_told_nothing():
+    assert quiet_steps("UW", 203) == quiet_steps("DB-MTL", 203) == []
+    assert quiet_steps("GradNorm", 203, initial="first") == []
+
+
+# ---------------------------------------------------------------- updates that somebody rescales
+
+
+def updated_by(optimizer_class, method="MTAdam", steps=12, **options):
+    model = Net(dtype=torch.float32)
+    balancer = make(method, model)
+    optimizer = optimizer_class(model.parameters(), **({"lr": 1e-3} | options))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(steps):
+            balancer.backward(model.losses(model.features(seed)))
+            optimizer.step()
+            optimizer.zero_grad()
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.Adam, torch.optim.RMSprop])
+def test_mtadam_under_another_adaptive_optimizer_says_so_once(optimizer_class):
+    [message] = updated_by(optimizer_class)
+    assert message.startswith("MTAdam writes finished updates into .grad")
+    assert "use torch.optim.SGD without momentum" in message
+
+
+@pytest.mark.parametrize("options", [{}, {"lr": 1e-7}, {"weight_decay": 1e-4}, {"lr": 10.0}])
+def test_mtadam_under_sgd_says_nothing(options):
+    assert updated_by(torch.optim.SGD, **options) == []
+
+
+def test_other_methods_may_have_any_optimizer():
+    assert updated_by(torch.optim.Adam, "DB-MTL") == []
