@@ -160,7 +160,8 @@ def test_an_input_that_asks_for_gradients_is_no_forgotten_layer():
 def test_describe_tells_of_a_whole_model_given_as_shared():
     model = net()
     balancer = DBMTL(shared=model, num_tasks=2)
-    balancer.backward(losses_of(model))
+    with pytest.warns(UserWarning, match="the whole network was given"):
+        balancer.backward(losses_of(model))
     assert "in shared, but reached by a alone: 2 tensors, 5 parameters" in balancer.describe()
 
 
@@ -179,7 +180,8 @@ def test_describe_counts_tasks_and_not_commas():
     model = net()
     balancer = DBMTL(shared=model, num_tasks=2)
     losses = losses_of(model)
-    balancer.backward({"depth, in meters": losses["a"], "b": losses["b"]})
+    with pytest.warns(UserWarning, match="the whole network was given"):
+        balancer.backward({"depth, in meters": losses["a"], "b": losses["b"]})
     assert (
         "in shared, but reached by depth, in meters alone: 2 tensors, 5 parameters"
         in balancer.describe()

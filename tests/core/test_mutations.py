@@ -36,6 +36,7 @@ class TwoOutputs(nn.Module):
         return [first, second]
 
 
+@pytest.mark.filterwarnings("ignore:.*reached by one loss alone")
 @pytest.mark.parametrize("grads", ["split", "batched"])
 def test_a_task_that_does_not_enter_a_branch_gets_nothing_from_it(grads):
     gradients = []
@@ -46,6 +47,7 @@ def test_a_task_that_does_not_enter_a_branch_gets_nothing_from_it(grads):
     assert_close(*gradients)
 
 
+@pytest.mark.filterwarnings("ignore:.*reached by one loss alone")
 def test_nash_mtl_between_its_updates_with_a_scaler_and_a_longest_direction():
     """The single pass is shortened after unscaling: the same numbers times the scale."""
 

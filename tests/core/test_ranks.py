@@ -410,7 +410,7 @@ BAD = {
     two_losses_on_rank_1: "expected 3 losses, got 2",
     no_size_on_rank_1: "not at the same place",
     negative_size_on_rank_1: "size of task 0 is -1",
-    dictionary_on_rank_1: "the tasks are [0, 1, 2]",
+    dictionary_on_rank_1: "came as a list, and now as a dictionary",
     nothing_on_rank_1: "call that first",
 }
 

@@ -38,7 +38,7 @@ def test_every_hyperparameter_is_a_setting_and_no_option_of_the_balancer_is(meth
 
 
 def test_the_error_lists_the_settings():
-    with pytest.raises(ValueError, match="its settings: eps, alpha, beta, beta_decay"):
+    with pytest.raises(ValueError, match="its settings: eps, alpha, weights, beta, beta_decay"):
         check_settings("DB-MTL", {"beta": 0.1, "check": "off"})
 
 
