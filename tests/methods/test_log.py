@@ -234,3 +234,24 @@ def test_equal_weighting_counts_every_gradient_once():
     balancer = Balancer(Identity(), Sum(), shared=model.trunk, num_tasks=3)
     balancer.backward(model.losses(model.features()))
     assert balancer.effective_weights.tolist() == [1, 1, 1]
+
+
+def test_a_log_speaks_of_the_tasks_that_a_step_had():
+    """An absent task has no number of its own; those of the others are as without it."""
+    torch.manual_seed(0)
+    trunk = torch.nn.Linear(4, 8)
+    heads = torch.nn.ModuleList(torch.nn.Linear(8, 1) for _ in range(3))
+    x = torch.randn(16, 4)
+    balancer = DBMTL(shared=trunk, num_tasks=3, beta=0)
+    balancer.with_cosines = True
+    losses = [head(trunk(x)).square().mean() for head in heads]
+    balancer.backward([losses[0], None, losses[2]])
+    told = balancer.log()
+    names = {key.partition("/")[2] for key in told}
+    assert names == {"0", "2", "0/2"} and balancer.norms[1] == 0 and balancer.weights[1] == 0
+    two = DBMTL(shared=trunk, num_tasks=2, beta=0)
+    two.with_cosines = True
+    losses = [head(trunk(x)).square().mean() for head in heads]
+    two.backward([losses[0], losses[2]])
+    for key, value in two.log().items():
+        assert told[key.replace("1", "2")] == pytest.approx(value, rel=1e-6), key
