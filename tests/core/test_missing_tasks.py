@@ -27,7 +27,7 @@ def step(balancer, model, seed=0, missing=(), **options):
     zs = [model.features(3 * seed + k) for k in range(balancer.aggregator.num_batches)]
     batches = []
     for z in zs:
-        batches.append([None if t in missing else l for t, l in enumerate(model.losses(z))])
+        batches.append([None if t in missing else loss for t, loss in enumerate(model.losses(z))])
     features = {"features": zs[0]} if balancer.level == "features" else {}
     balancer.backward(*batches, **features, **options)
 

@@ -129,10 +129,16 @@ def train(rank, size, name, steps=5, accumulate=False, **options):
             features = {"features": zs[0]} if balancer.level == "features" else {}
             balancer.backward(*losses, size=sizes, **features)
         seen.note(model, balancer)
-        data = pieces[0]
-        follow(model, balancer, lambda: model.losses(model.features(data[0]), *data[1:]), sizes)
+        first_piece = pieces[0]
+        follow(model, balancer, lambda data=first_piece: losses_on(model, data), sizes)
     seen.append([p.detach().clone() for p in model.parameters()])
     return list(seen)
+
+
+def losses_on(model, data):
+    """The losses of a piece of a batch."""
+    x, *targets = data
+    return model.losses(model.features(x), *targets)
 
 
 # processes that wait for work
