@@ -24,6 +24,8 @@ from torch.testing import assert_close
 from dbmtl import DBMTL, make_balancer
 from dbmtl.registry import hyperparameters
 
+pytestmark = pytest.mark.full  # starts processes
+
 F64 = torch.float64
 WAIT = 30  # seconds, for a sum and for an answer
 CUTS = {1: [12], 2: [9, 3], 3: [5, 1, 6], 4: [2, 5, 1, 4]}  # samples of each rank
@@ -221,7 +223,6 @@ def pools():
         pool.stop()
 
 
-full = pytest.mark.full
 sizes = pytest.mark.parametrize("size", [2, 3])
 
 
@@ -248,14 +249,12 @@ def agree(ranks, one, rtol=1e-10):
         assert same(rank, ranks[0])
 
 
-@full
 @sizes
 @pytest.mark.parametrize("name", BASES)
 def test_ranks_equal_one_process_on_the_joined_batch(pools, size, name):
     agree(pools(size).run(train, name), train(0, 1, name))
 
 
-@full
 @pytest.mark.parametrize("name", ["EW", "GLS", "UW", "MoCo", "DB-MTL", "MGDA-UB", "SDMGrad"])
 def test_four_ranks_equal_one_process(pools, name):
     agree(pools(4).run(train, name, steps=3), train(0, 1, name, steps=3))
@@ -275,14 +274,12 @@ def test_two_ranks_without_a_look_at_the_losses(pools, name, check):
 ACCUMULATED = [name for name in BASES if name not in FEATURES | THREE | {"FAMO"}]
 
 
-@full
 @pytest.mark.parametrize("name", ACCUMULATED)
 def test_micro_batches_on_two_ranks_equal_one_process(pools, name):
     """A micro-batch is one sample, so ranks accumulate unequal numbers of them."""
     agree(pools(2).run(train, name, 3, accumulate=True), train(0, 1, name, 3))
 
 
-@full
 @pytest.mark.parametrize("name", ["DB-MTL", "PCGrad", "GradDrop", "RLW", "Nash-MTL", "MTAdam"])
 def test_twenty_steps_leave_all_ranks_equal_to_the_bit(pools, name):
     first, *others = pools(3).run(train, name, 20)
