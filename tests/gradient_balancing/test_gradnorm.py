@@ -206,6 +206,7 @@ def test_gradnorm_options(keys, named):
         GradNorm(**{"num_tasks": 2} | keys)
 
 
+@pytest.mark.filterwarnings("ignore:GradNorm waits for the end of an epoch")
 def test_gradnorm_long_epochs():
     method = GradNorm(2, longest=10_001)
     for _ in range(10_002):

@@ -45,6 +45,7 @@ def test_igb_weights_are_positive_with_sum_t(num_tasks, random_epochs):
     assert_close(weights.sum(1), torch.full((10,), float(num_tasks)))
 
 
+@pytest.mark.filterwarnings("ignore:IGBv2 waits for the end of an epoch")
 def test_igb_random_weights_are_a_softmax_of_standard_normals():
     igb = IGBv2(2, seed=3)
     weights = feed(igb, torch.ones(4000, 2).double()) / 2
