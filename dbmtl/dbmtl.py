@@ -6,30 +6,69 @@
 __all__ = ['DBMTL']
 
 # %% ../nbs/04_dbmtl.ipynb #7dfe3d33
-from .core.balancer import Balancer
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Unpack
+
+from torch import Tensor, nn
+
+from .core.balancer import Balancer, BalancerOptions
 from .core.ema import EMA
+from .core.inputs import known_options
 from .core.method_facts import Facts, Origin
 from .gradient_balancing.max_norm import MaxNorm
 from .loss_balancing.log import Log
 
 # %% ../nbs/04_dbmtl.ipynb #1d1b8a78
 class DBMTL(Balancer):
-    "Dual balancing for multi-task learning (Lin et al., arXiv 2308.12029, Algorithm 1)."
+    """Dual balancing for multi-task learning (Lin et al., arXiv 2308.12029, Algorithm 1).
 
+    The gradient of each task's log loss is smoothed over steps, and all are scaled to one length,
+    by default that of the longest. `backward(losses)` stands in place of `loss.backward()`.
+
+    Arguments:
+        shared: what all tasks share: a module, or parameters in an iterable, which is read once.
+            What else the losses reach are heads, and get the gradient of their log losses.
+        num_tasks: how many losses a step has, T.
+        beta: weight of the old gradient at step 1, from 0 to below 1 (default 0.5); 0 turns the
+            average off, and nothing is kept between steps.
+        beta_decay: at step k the weight is beta / k**beta_decay (default 0.5); 0: constant.
+        eps: inside the logarithm, and added to the norms (default 1e-8).
+        alpha: the common length of the gradients: "max" (default), "min", "mean", "median",
+            "1/T", or a positive constant.
+        weights: shares of the gradient by task, {name: number} or T numbers; equal by default.
+            {"seg": 2, "depth": 1} makes the gradient of seg twice as long as that of depth.
+        grads: order of the backward passes: "loop" (default), "split" or "batched".
+        check: when losses are checked: "now" (default), "later" (see `verify`) or "off".
+        model: only to name parameters in warnings and in `describe()`.
+
+    Raises ValueError for a number out of range, TypeError for an option that does not exist and
+    for what is no parameter in `shared`.
+
+    >>> balancer = DBMTL(shared=model.trunk, num_tasks=3)
+    >>> balancer.backward([loss_a, loss_b, loss_c])
+    >>> optimizer.step()
+    """
+
+    @known_options("DBMTL", Balancer.__init__)
     def __init__(
         self,
         *,
-        shared,  # module, or iterable of parameters, that all tasks share
+        shared: nn.Module | Iterable[Tensor],  # what all tasks share; an iterable is read once
         num_tasks: int,  # T
         beta: float = 0.5,  # weight of the OLD gradient at step 1; 0 turns the average off
         beta_decay: float = 0.5,  # beta_k = beta / k^beta_decay
         eps: float = 1e-8,  # inside the logarithm, and added to the norms
         alpha: str | float = "max",  # common length of the gradients; see MaxNorm
-        **options,  # grads, check, model: see Balancer
+        weights: Mapping | Sequence[float] | None = None,  # shares of the gradient; see MaxNorm
+        **options: Unpack[BalancerOptions],  # grads, check, model: see Balancer
     ):
-        ema = EMA(beta, beta_decay) if beta else None
         super().__init__(
-            Log(eps), MaxNorm(alpha, eps), shared=shared, num_tasks=num_tasks, ema=ema, **options
+            Log(eps),
+            MaxNorm(alpha, eps, weights),
+            shared=shared,
+            num_tasks=num_tasks,
+            ema=EMA(beta, beta_decay) if beta else None,
+            **options,
         )
 
 # %% ../nbs/04_dbmtl.ipynb #dabe9fcf
@@ -51,6 +90,7 @@ DBMTL.facts = Facts(
             elsewhere="LibMTL: 0.9",
         ),
         "beta_decay": Origin("paper: see beta", original="0 or 0.5", elsewhere="LibMTL: 0"),
+        "weights": Origin("paper: equal shares", elsewhere="-"),
     },
     differences=(
         "LibMTL's default, beta = 0.9 constant, is the worst point of the paper's own Figure 5.",

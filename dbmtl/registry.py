@@ -7,12 +7,16 @@ __all__ = ['Point', 'method_classes', 'method_names', 'hyperparameters', 'Recipe
 
 # %% ../nbs/05_registry.ipynb #e57eeeb2
 import inspect
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
 
 from .core.aggregator import Aggregator
 from .core.balancer import Balancer
 from .core.checks import nearest_name
 from .core.ema import EMA
+from .core.inputs import known_options
 from .core.method_facts import Facts, hyperparameters_of
 from .core.transform import Memory, Transform
 from .dbmtl import DBMTL
@@ -153,6 +157,19 @@ def _hint(name: str, known) -> str:  # "; did you mean 'CAGrad'?" or "."
     nearest = nearest_name(name, known)
     return f"; did you mean {nearest!r}?" if nearest else "."
 
+
+def _refuse_options_in_name(name: str):
+    "Raise ValueError for a name with options in parentheses, and say where they go."
+    base, parenthesis, options = name.partition("(")
+    if not parenthesis:
+        return
+    listed, _, suffix = options.partition(")")
+    listed = listed.replace(";", ", ")
+    raise ValueError(
+        f"unknown method {name!r}: options are keywords, "
+        f"make_balancer({base.strip() + suffix.strip()!r}, {listed}, ...)"
+    )
+
 # %% ../nbs/05_registry.ipynb #fe16e2ef
 def _point(name: str) -> Point:
     "The point that a name stands for."
@@ -162,7 +179,10 @@ def _point(name: str) -> Point:
         raise ValueError(
             "STL is one network for each task, no way to balance: train each alone (see dbmtl.run)"
         )
+    _refuse_options_in_name(name)
     base, plus, suffix = name.partition("+")
+    if base.strip().lower() == "log" and suffix.strip() in _POINTS:
+        raise ValueError(f"unknown method {name!r}: the logarithm comes last, {suffix.strip()}+log")
     has_wrong_suffix = bool(plus) and suffix != "log"
     if has_wrong_suffix and base.strip() in _POINTS:
         raise ValueError(f"unknown method {name!r}; did you mean {base.strip() + '+log'!r}?")
@@ -198,6 +218,19 @@ def _check_keywords(name: str, hyper: dict):
                 f"{name} has no hyper-parameter {keyword!r}{_hint(keyword, known)} "
                 f"Known: {list(known)}"
             )
+        if isinstance(hyper[keyword], str) and _is_number(hyper[keyword]):
+            raise ValueError(
+                f"{name}: {keyword} is a number written as text; "
+                f"write {keyword}={hyper[keyword].strip()}, without quotes"
+            )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 # %% ../nbs/05_registry.ipynb #d2722f98
 def _make(part: type, num_tasks: int, hyper: dict):
@@ -225,17 +258,35 @@ def recipe(
     return Recipe(transform, aggregator, ema, point.level)
 
 # %% ../nbs/05_registry.ipynb #162c2bf3
+@known_options("make_balancer")
 def make_balancer(
     name: str,  # a name of the paper: see `method_names`
     *,
-    shared,  # module, or iterable of parameters, that all tasks share
+    shared: nn.Module | Iterable[Tensor],  # module, or iterable of parameters, that all tasks share
     num_tasks: int,  # T
     grads: str = "loop",  # see Balancer
     check: str = "now",  # see Balancer
-    model=None,  # see Balancer
-    **hyper,  # the method's own hyper-parameters: see `hyperparameters`
+    model: nn.Module | None = None,  # see Balancer
+    missing: str = "raise",  # see Balancer
+    process_group=None,  # see Balancer
+    **hyper: Any,  # the method's own hyper-parameters: see `hyperparameters`
 ) -> Balancer:
-    "A balancer by the name its method has in the paper's tables."
+    """A balancer by the name its method has in the paper's tables.
+
+    Arguments:
+        name: one of `method_names()`, such as "DB-MTL", "CAGrad" or "UW"; the logarithm in front
+            of a gradient method is a suffix, "CAGrad+log".
+        shared: what all tasks share: a module, or parameters in an iterable, which is read once.
+        num_tasks: how many losses a step has, T.
+        grads, check, model: as in `Balancer`.
+        hyper: the method's own hyperparameters by keyword, such as c=0.4 for CAGrad;
+            `hyperparameters(name)` tells them with their defaults.
+
+    Raises ValueError for a name or hyperparameter that does not exist, with the nearest one that
+    does, and for a value out of range; TypeError for what is no parameter in `shared`.
+
+    >>> balancer = make_balancer("CAGrad+log", shared=model.trunk, num_tasks=3, c=0.4)
+    """
     made = recipe(name, num_tasks, **hyper)
     return Balancer(
         made.transform,
@@ -247,6 +298,8 @@ def make_balancer(
         check=check,
         model=model,
         level=made.level,
+        missing=missing,
+        process_group=process_group,
     )
 
 # %% ../nbs/05_registry.ipynb #b87503a3

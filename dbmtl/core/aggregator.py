@@ -8,6 +8,7 @@ __all__ = ['StepGradients', 'Choice', 'Aggregator', 'LossWeighting', 'NormAggreg
            'FeatureAggregator']
 
 # %% ../../nbs/01_core/09_aggregator.ipynb #93d59572
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,12 +28,21 @@ class StepGradients:
     lengths: Tensor | None = None  # [T] norms of the rows, where they were taken already
     earlier: tuple = ()  # of methods that take three batches: the rows of the first two
     features: list[Tensor] | None = None  # T tensors, at feature level
+    tasks: list[int] | None = None  # to which the rows belong; None: all tasks
+    over_ranks: Callable | None = None  # sums a tensor; None: every rank has the whole rows
 
     def norms(self) -> Tensor:  # [T]
         "The length of each row, measured at most once."
         if self.lengths is None:
-            self.lengths = norms(self.rows)
+            lengths = norms(self.rows)
+            if self.over_ranks is not None:
+                lengths = self.over_ranks(lengths.double().square()).sqrt().to(lengths.dtype)
+            self.lengths = lengths
         return self.lengths
+
+    def summed(self, products: Tensor) -> Tensor:
+        "Inner products of rows of which each rank has some coordinates, summed over the ranks."
+        return products if self.over_ranks is None else self.over_ranks(products)
 
 # %% ../../nbs/01_core/09_aggregator.ipynb #b30ac0ac
 class Choice(NamedTuple):
@@ -43,6 +53,7 @@ class Choice(NamedTuple):
     heads: Tensor | None = None  # [T] weights of the heads' gradients; None: ones
     scales: list[Tensor] = []  # gradients of the aggregator's learned scales
     finite: Tensor | None = None  # [T] bool, which tasks' gradients are finite; None: not looked at
+    lengths: Tensor | None = None  # [T] of the task gradients, where the method took them
 
 # %% ../../nbs/01_core/09_aggregator.ipynb #9235698a
 class Aggregator(Memory):
@@ -55,6 +66,8 @@ class Aggregator(Memory):
     weights_heads = False  # do the weights multiply the heads' gradients too?
     moves_alone = False  # does it write finished updates, for plain SGD? See `of_heads`
     max_norm: float | None = None  # a longer direction is shortened to this
+    can_skip_tasks = False  # has a step a meaning in which some tasks have no gradient?
+    tasks: list[int] | None = None  # those of the rows in this step; None: all
 
     def measure(self, gradients: StepGradients):
         "What `forward` gets as its first argument."
@@ -64,9 +77,20 @@ class Aggregator(Memory):
         "Which tasks' gradients are finite, judged by what was measured."
         raise NotImplementedError
 
+    def lengths_of(self, measured) -> Tensor | None:  # [T]
+        "The lengths of the task gradients, as far as what was measured tells them, for a log."
+        return None
+
     def more_arguments(self, gradients: StepGradients) -> tuple:
         "What `forward` gets after the losses."
         return ()
+
+    def set_tasks(
+        self,
+        num_tasks: int,  # T
+        names: tuple | None,  # T, from the first losses; None when the balancer is made
+    ):
+        "For methods with settings by task: ValueError for settings that do not fit the tasks."
 
     def batch_weights(self) -> list[float]:
         "The weights of the batches in the heads' gradients: by default the last alone."
@@ -93,14 +117,19 @@ class Aggregator(Memory):
         losses: Tensor,  # [T] raw losses
     ) -> Choice:
         "Ask the method, unless a gradient is not finite."
+        self.tasks = gradients.tasks
         measured = self.measure(gradients) if self.needs_gradients else None
         finite = self._finite_tasks(measured, gradients)
+        lengths = gradients.lengths
+        if lengths is None and measured is not None:
+            lengths = self.lengths_of(measured)
         must_look = self.needs_gradients and not self.judges_infinity
         if must_look and not bool(finite.all()):
-            return self._not_a_number(losses)._replace(finite=finite)
+            return self._not_a_number(losses)._replace(finite=finite, lengths=lengths)
         scales = self.scale_gradients(measured, losses)
         answer = self(measured, losses, *self.more_arguments(gradients))
-        return self._in_one_form(answer, losses)._replace(scales=scales, finite=finite)
+        choice = self._in_one_form(answer, losses)
+        return choice._replace(scales=scales, finite=finite, lengths=lengths)
 
     def _finite_tasks(self, measured, gradients: StepGradients) -> Tensor | None:  # [T] bool
         "Which tasks' gradients are finite, without measuring twice; None where nobody looked."
@@ -155,10 +184,13 @@ class GramianAggregator(Aggregator):
     at_features = True
 
     def measure(self, gradients: StepGradients) -> Tensor:  # [T, T]
-        return gramian(gradients.rows)
+        return gradients.summed(gramian(gradients.rows))
 
     def is_finite(self, measured: Tensor) -> Tensor:
         return measured.diagonal().isfinite()
+
+    def lengths_of(self, measured: Tensor) -> Tensor:
+        return measured.diagonal().sqrt()
 
 # %% ../../nbs/01_core/09_aggregator.ipynb #549e7413
 class CrossGramianAggregator(Aggregator):
@@ -170,7 +202,7 @@ class CrossGramianAggregator(Aggregator):
         return gramian(*gradients.earlier)
 
     def _finite_tasks(self, measured: Tensor, gradients: StepGradients) -> Tensor:
-        return norms(gradients.rows).isfinite() & measured.diagonal().isfinite()
+        return gradients.norms().isfinite() & measured.diagonal().isfinite()
 
 # %% ../../nbs/01_core/09_aggregator.ipynb #996315e5
 class TensorNormAggregator(Aggregator):
@@ -182,6 +214,9 @@ class TensorNormAggregator(Aggregator):
     def is_finite(self, measured: Tensor) -> Tensor:
         return measured.isfinite().all(1)
 
+    def lengths_of(self, measured: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(measured, dim=1)
+
     def more_arguments(self, gradients: StepGradients) -> tuple:
         return (gradients.positions,)
 
@@ -190,10 +225,13 @@ class TensorGramianAggregator(Aggregator):
     "From a Gramian for each tensor: `forward(M [P, T, T] float64, losses, positions)` -> [T, P]."
 
     def measure(self, gradients: StepGradients) -> Tensor:  # [P, T, T]
-        return tensor_gramians(gradients.rows)
+        return gradients.summed(tensor_gramians(gradients.rows))
 
     def is_finite(self, measured: Tensor) -> Tensor:
         return measured.diagonal(dim1=-2, dim2=-1).isfinite().all(0)
+
+    def lengths_of(self, measured: Tensor) -> Tensor:
+        return measured.diagonal(dim1=-2, dim2=-1).sum(0).sqrt()
 
     def more_arguments(self, gradients: StepGradients) -> tuple:
         return (gradients.positions,)
@@ -203,6 +241,7 @@ class GradientAggregator(Aggregator):
     "From the gradients themselves: `forward(rows, losses, positions)` -> [T], or P tensors."
 
     def measure(self, gradients: StepGradients) -> list[list[Tensor]]:
+        gradients.norms()  # they tell what is finite, and are kept for a log
         return gradients.rows
 
     def is_finite(self, measured: list[list[Tensor]]) -> Tensor:
@@ -218,10 +257,11 @@ class FeatureAggregator(Aggregator):
     at_features = True
 
     def measure(self, gradients: StepGradients) -> list[Tensor]:  # T cotangents
+        gradients.norms()  # they tell what is finite, and are kept for a log
         return [row[0] for row in gradients.rows]
 
-    def is_finite(self, measured: list[Tensor]) -> Tensor:
-        return norms([[cotangent] for cotangent in measured]).isfinite()
+    def _finite_tasks(self, measured: list[Tensor], gradients: StepGradients) -> Tensor:
+        return gradients.norms().isfinite()
 
     def more_arguments(self, gradients: StepGradients) -> tuple:
         return (gradients.features,)

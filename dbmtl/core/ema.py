@@ -79,6 +79,7 @@ class EMA:
         rows: list[list[Tensor]],  # T rows of P tensors, from `propose`
         positions: list[int],  # of the P tensors among the shared parameters
         lengths: Tensor,  # [T] norms of the rows
+        tasks: list[int] | None = None,  # to which the rows belong; None: all
     ) -> dict:  # {task: {position: average}}
         "What to keep of these rows: nothing that is not finite. Off the CPU this has never run."
         on_cpu = lengths.device.type == "cpu"
@@ -86,11 +87,12 @@ class EMA:
         if on_cpu:
             is_finite = is_finite.tolist()
         averages = {}
-        for t, row in enumerate(rows):
+        tasks = range(len(rows)) if tasks is None else tasks
+        for t, row, finite in zip(tasks, rows, is_finite, strict=True):
             if not on_cpu:
                 pairs = zip(row, self._averages(t, row, positions), strict=True)
-                row = [torch.where(is_finite[t], gradient, average) for gradient, average in pairs]
-            elif not is_finite[t]:
+                row = [torch.where(finite, gradient, average) for gradient, average in pairs]
+            elif not finite:
                 continue
             averages[t] = dict(zip(positions, row, strict=True))
         return averages

@@ -6,6 +6,8 @@
 __all__ = ['EpochMeans']
 
 # %% ../../nbs/01_core/08_epoch_means.ipynb #5eaafe2f
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,8 @@ class EpochMeans(Memory):
         self.num_tasks = check_whole("num_tasks", num_tasks)
         self.window = None if window is None else check_whole("window", window)
         self.longest = check_whole("longest", longest)
+        self.patience = 200  # steps without any epoch after which `check` warns
+        self._has_warned = False
         self.memory = {"epoch": 0, "last": None, "before": None, "steps": 0} | self._empty_sums()
 
     @property
@@ -95,9 +99,22 @@ class EpochMeans(Memory):
         self,
         method: str,  # its name, for the error
     ):
-        "Raise RuntimeError if `finish` seems to be forgotten: over `longest` steps, no `window`."
+        """Warn once if `patience` steps passed before the first epoch ended, without a `window`.
+
+        Raises RuntimeError if `finish` seems to be forgotten: over `longest` steps.
+        """
+        if self.window is not None:
+            return
         steps = self.memory["steps"]
-        if self.window is None and steps > self.longest:
+        if self.epoch == 0 and steps >= self.patience and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{method} waits for the end of an epoch, and {steps} steps passed without one: "
+                "call balancer.end_epoch() after each epoch, or give window=, the steps of an "
+                "epoch. Nothing is wrong where an epoch has more steps than these",
+                stacklevel=2,
+            )
+        if steps > self.longest:
             raise RuntimeError(
                 f"{method} looks at epochs, but {steps} steps passed without one: call "
                 "balancer.end_epoch(mean_losses) after each epoch, or give window=, the steps of "

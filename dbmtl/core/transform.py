@@ -100,9 +100,17 @@ class Transform(Memory):
 
     domain = "finite"  # what `valid` asks of a loss, in words, for the error message
     looks_again = False  # must `after_step` get the new losses of the batch after each step?
+    can_skip_tasks = False  # has a step a meaning in which some tasks have no loss? `of_present`
 
     def forward(self, losses: Tensor) -> Tensor:  # [T] -> [T] or scalar
         raise NotImplementedError(f"{type(self).__name__} does not define forward(losses)")
+
+    def of_present(self, losses: Tensor, tasks: list[int]) -> Tensor:  # [T] -> [T'] or scalar
+        """The transformed losses where only these tasks have one; the others stand there as 1.
+
+        By default each loss is transformed by itself. `advance` gets the same losses.
+        """
+        return self(losses)[tasks]
 
     def valid(self, losses: Tensor) -> Tensor:  # [T] bool
         "Which losses lie in the domain."
@@ -124,12 +132,14 @@ class Transform(Memory):
 def slopes(
     transform: Transform,  # function of the losses; its parameters are learned scales
     losses: Tensor,  # [T], detached
+    tasks: list[int] | None = None,  # that have a loss in this step; None: all
 ) -> tuple[Tensor, list[Tensor]]:  # slopes [T], and the gradients of the transform's parameters
     "The derivatives of the summed transformed losses, for each loss and each learned scale."
     scales = [p for p in transform.parameters() if p.requires_grad]
     with torch.enable_grad():
         leaf = losses.detach().requires_grad_()
-        total = transform(leaf).sum()
+        transformed = transform(leaf) if tasks is None else transform.of_present(leaf, tasks)
+        total = transformed.sum()
         slope, *scale_gradients = torch.autograd.grad(
             total, [leaf, *scales], materialize_grads=True
         )

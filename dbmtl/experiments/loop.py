@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from ..core.epoch_means import EpochMeans
 from .epoch_selection import improvements
 from .method_labels import split_learning_rate
 from .records import round_numbers
@@ -118,6 +119,9 @@ class Loop:
         # An epoch of a single-task network has the steps of a multi-task epoch.
         batch_size = scale.batch_size
         self.steps = epoch_steps(data.train, benchmark.tasks, batch_size, benchmark.drop_last)
+        for part in (*self.balancer.transform.modules(), *self.balancer.aggregator.modules()):
+            if isinstance(part, EpochMeans):
+                part.patience = max(part.patience, self.steps + 1)
 
         self.rows = []  # what `end_epoch` measured, an epoch each
         self.monitors = {}  # what `step` saw when it was told to look

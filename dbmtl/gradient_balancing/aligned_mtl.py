@@ -35,6 +35,8 @@ def aligned_weights(
 class AlignedMTL(GramianAggregator):
     "The sum of the nearest orthogonal, equally long gradients (Senushkin et al., CVPR 2023)."
 
+    can_skip_tasks = True
+
     def __init__(
         self,
         scale: str = "min",  # the common eigenvalue: "min", "median" or "rmse", the mean

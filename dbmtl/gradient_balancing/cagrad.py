@@ -38,6 +38,8 @@ def conflict_averse_weights(
 class CAGrad(GramianAggregator):
     "The best direction for the worst-off task near the mean gradient (Liu et al., NeurIPS 2021)."
 
+    can_skip_tasks = True
+
     def __init__(
         self,
         c: float = 0.5,  # radius of the ball in lengths of the mean gradient

@@ -35,6 +35,8 @@ def conflict_free_weights(
 class ConFIG(GramianAggregator):
     "Equal angles and the gradients' common length, ConFIG (Liu, Chu, Thuerey, ICLR 2025)."
 
+    can_skip_tasks = True
+
     def __init__(
         self,
         rtol: float = 1.2e-7,  # rounding error of the gradients: float32's; float64's is 2.2e-16

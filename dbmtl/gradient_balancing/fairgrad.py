@@ -18,6 +18,8 @@ from ..core.solvers import power_weights
 class FairGrad(GramianAggregator):
     "The alpha-fair share of the gains, M a = a^(-1/alpha): FairGrad (Ban and Ji, ICML 2024)."
 
+    can_skip_tasks = True
+
     def __init__(
         self,
         alpha: float = 2.0,  # fairness: 0 is the plain sum, 1 Nash-MTL, infinity the worst task

@@ -6,12 +6,12 @@
 __all__ = ['purity', 'sign_masks', 'GradDrop', 'batch_signs', 'GradDropFeatures']
 
 # %% ../../nbs/03_gradient_balancing/07_graddrop.ipynb #0c482905
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..core.aggregator import FeatureAggregator, GradientAggregator
+from ..core.aggregator import FeatureAggregator, GradientAggregator, StepGradients
 from ..core.checks import check_number
 from ..core.method_facts import Facts, Origin
 from ..core.task_gradients import widened
@@ -47,9 +47,15 @@ def _check_leak(leak: float | Sequence[float]) -> float | tuple[float, ...]:
     )
 
 
-def _leak_of_each_task(leak: float | tuple[float, ...], num_tasks: int) -> list[float]:
+def _leak_of_each_task(
+    leak: float | tuple[float, ...],
+    num_tasks: int,  # of this step
+    tasks: list[int] | None,  # which these are; None: all
+) -> list[float]:
     if isinstance(leak, float):
         return [leak] * num_tasks
+    if tasks is not None and max(tasks) < len(leak):
+        return [leak[t] for t in tasks]
     if len(leak) != num_tasks:
         raise ValueError(f"leak has {len(leak)} numbers for {num_tasks} tasks")
     return list(leak)
@@ -62,6 +68,8 @@ def _uniform_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 class GradDrop(GradientAggregator):
     "One random sign for each coordinate of parameter gradients, GradDrop (Chen et al., 2020)."
+
+    can_skip_tasks = True
 
     def __init__(
         self,
@@ -77,7 +85,7 @@ class GradDrop(GradientAggregator):
     def forward(
         self, rows: list[list[Tensor]], losses: Tensor, positions: list[int] | None = None
     ) -> list[Tensor]:
-        leaks = _leak_of_each_task(self.leak, len(rows))
+        leaks = _leak_of_each_task(self.leak, len(rows), self.tasks)
         return [self._direction(gradients, leaks) for gradients in zip(*rows, strict=True)]
 
     def _direction(self, gradients: tuple[Tensor, ...], leaks: list[float]) -> Tensor:
@@ -109,6 +117,8 @@ def batch_signs(
 class GradDropFeatures(FeatureAggregator):
     "Keep one random sign for each feature, GradDrop as published (Chen et al., NeurIPS 2020)."
 
+    can_skip_tasks = True
+
     def __init__(
         self,
         # share of each task's cotangent that is never dropped, one number or T
@@ -120,16 +130,24 @@ class GradDropFeatures(FeatureAggregator):
         self.leak = _check_leak(leak)
         self.eps = check_number("eps", eps, at_least=0)
 
+    def more_arguments(self, gradients: StepGradients) -> tuple:
+        return (gradients.features, gradients.summed)
+
     def forward(
-        self, cotangents: list[Tensor], losses: Tensor, features: list[Tensor]
+        self,
+        cotangents: list[Tensor],
+        losses: Tensor,
+        features: list[Tensor],
+        summed: Callable = lambda votes: votes,  # over the ranks that have other samples
     ) -> list[Tensor]:
-        leaks = _leak_of_each_task(self.leak, len(cotangents))
+        leaks = _leak_of_each_task(self.leak, len(cotangents), self.tasks)
         shapes = {tuple(tensor.shape) for tensor in [*cotangents, *features]}
         if len(shapes) > 1 or () in shapes or len(features) != len(cotangents):
             raise ValueError(
                 f"every task needs features [B, ...] of one shape, got {sorted(shapes)}"
             )
         votes = batch_signs([widened(c) for c in cotangents], features)
+        votes = list(summed(torch.stack(votes)).unbind())
         u = _uniform_like(votes[0], self.generator(votes[0].device))
         masks = sign_masks(votes, u, self.eps)
         return [

@@ -9,7 +9,7 @@ __all__ = ['vaccinate', 'GradVac']
 from collections.abc import Hashable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.aggregator import StepGradients, TensorGramianAggregator
 from ..core.checks import check_choice, check_number
@@ -86,8 +86,16 @@ def _labels(group: str | tuple, positions: list[int]) -> list:
     return [group[position] for position in positions]
 
 
+def _grown(average: Tensor, size: int) -> Tensor:  # [size, size]
+    "The usual cosines, zero for tasks that had no gradient yet."
+    missing = size - len(average)
+    return nn.functional.pad(average, (0, missing, 0, missing)) if missing else average
+
+
 class GradVac(TensorGramianAggregator):
     "Turn each gradient until its cosines are the usual ones, GradVac (Wang et al., ICLR 2021)."
+
+    can_skip_tasks = True
 
     def __init__(
         self,
@@ -132,12 +140,17 @@ class GradVac(TensorGramianAggregator):
     def _weights(self, M: Tensor, labels: list) -> Tensor:
         "Weights [groups, T] from Gramians [groups, T, T]; learns each group's cosines."
         averages = self.memory.get("rho", {})
-        zeros = torch.zeros_like(M[0])
-        rho = torch.stack([averages.get(label, zeros).to(M) for label in labels])
+        tasks = list(range(M.shape[-1])) if self.tasks is None else self.tasks
+        size = max([max(tasks) + 1, *(len(average) for average in averages.values())])
+        averages = {label: _grown(average, size) for label, average in averages.items()}
+        zeros = M.new_zeros(size, size)
+        usual = torch.stack([averages.get(label, zeros).to(M) for label in labels])
+        rho = usual[:, tasks][:, :, tasks]
         generator = self.generator() if self.order == "random" else None
         order = visits(M.shape[-1], generator)
         C, rho = vaccinate(M, order, rho, self.beta, self.update, self.eps)
-        self.memory["rho"] = averages | dict(zip(labels, rho, strict=True))
+        usual[:, torch.tensor(tasks)[:, None], tasks] = rho
+        self.memory["rho"] = averages | dict(zip(labels, usual, strict=True))
         return C.sum(-2)
 
     def extra_repr(self) -> str:

@@ -36,6 +36,8 @@ def impartial_weights(
 class IMTLG(GramianAggregator):
     "Equal projections on all unit gradients of the parameters, IMTL-G (Liu et al., ICLR 2021)."
 
+    can_skip_tasks = True
+
     def __init__(
         self,
         rtol: float = 1.2e-7,  # rounding error of the gradients: float32's; float64's is 2.2e-16

@@ -39,6 +39,8 @@ def divisors(
 class MGDA(GramianAggregator):
     "The shortest mean of the gradients, MGDA (Désidéri 2012; Sener and Koltun, NeurIPS 2018)."
 
+    can_skip_tasks = True
+
     def __init__(
         self,
         normalize: str = "none",  # divide gradients by 1, "l2" norm, "loss", or "loss+" for both

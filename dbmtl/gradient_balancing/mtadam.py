@@ -112,6 +112,7 @@ class MTAdam(GradientAggregator):
     "One Adam a task, on gradients of equal norm in each tensor (Malkiel and Wolf, EMNLP 2021)."
 
     moves_alone = True
+    can_skip_tasks = True
 
     def __init__(
         self,
@@ -137,11 +138,19 @@ class MTAdam(GradientAggregator):
     def forward(
         self, rows: list[list[Tensor]], losses: Tensor, positions: list[int]
     ) -> list[Tensor]:
-        gradients = [dict(zip(positions, row, strict=True)) for row in rows]
+        gradients = self._of_all_tasks([dict(zip(positions, row, strict=True)) for row in rows])
         self._proposed = self._step(self.memory["shared"], gradients)
         return [self._proposed.direction[i] for i in positions]
 
+    def _of_all_tasks(self, of_tasks: list[dict]) -> list[dict]:
+        "Nothing for the tasks that have no gradient in this step."
+        if self.tasks is None:
+            return of_tasks
+        of_task = dict(zip(self.tasks, of_tasks, strict=True))
+        return [of_task.get(t, {}) for t in range(max(self.tasks) + 1)]
+
     def of_heads(self, heads: list[dict]) -> dict:
+        heads = self._of_all_tasks(heads)
         of_shared = self._proposed or _Proposal({}, {})
         self._proposed = None
         leaves, shapes = _number_leaves(self.memory, self._leaves, heads)

@@ -32,6 +32,10 @@ class NashMTL(GramianAggregator):
     def needs_gradients(self) -> bool:
         return not self.memory.get("steps_left")
 
+    @property
+    def can_skip_tasks(self) -> bool:  # kept weights are those of all tasks
+        return self.update_every == 1
+
     def forward(self, M: Tensor | None, losses: Tensor) -> Tensor:
         if M is None:
             self.memory["steps_left"] -= 1

@@ -49,6 +49,8 @@ def project_conflicts(
 class PCGrad(GramianAggregator):
     "Project each gradient off those it conflicts with, PCGrad (Yu et al., NeurIPS 2020)."
 
+    can_skip_tasks = True
+
     def __init__(
         self,
         itself: bool = True,  # does a task visit its own gradient too (LibMTL)? The paper: no

@@ -16,6 +16,8 @@ from ..core.method_facts import Facts
 class Sum(LossWeighting):
     "The plain sum of the task gradients: every weight is one."
 
+    can_skip_tasks = True
+
     def forward(self, nothing: None, losses: Tensor) -> Tensor:  # [T]
         return torch.ones_like(losses)
 

@@ -27,6 +27,8 @@ def upgrad_weights(
 class UPGrad(GramianAggregator):
     "The mean of the gradients' projections on the cone without conflict (Quinton and Rey, 2024)."
 
+    can_skip_tasks = True
+
     def __init__(
         self,
         reg_eps: float = 0.0,  # added to the Gramian's diagonal, in units of its trace

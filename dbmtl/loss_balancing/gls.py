@@ -20,9 +20,13 @@ class GLS(Transform):
     """
 
     domain = "finite and positive, for the geometric mean"
+    can_skip_tasks = True
 
     def forward(self, losses: Tensor) -> Tensor:  # scalar
         return losses.double().log().mean().exp().to(losses.dtype)
+
+    def of_present(self, losses: Tensor, tasks: list[int]) -> Tensor:  # scalar
+        return self(losses[tasks])
 
     def valid(self, losses: Tensor) -> Tensor:
         return torch.isfinite(losses) & (losses > 0)

@@ -21,6 +21,7 @@ class IMTLL(Transform):
     """
 
     domain = "finite and positive, for IMTL-L's scale to have a minimum"
+    can_skip_tasks = True
 
     def __init__(
         self,

@@ -20,6 +20,8 @@ class Log(Transform):
     Its slopes are 1 / (l + eps), so a task's gradient no longer depends on the unit of its loss.
     """
 
+    can_skip_tasks = True
+
     def __init__(
         self,
         eps: float = 1e-8,  # added to the losses, in their unit; keeps a loss of zero legal
@@ -40,6 +42,8 @@ class Log(Transform):
 # %% ../../nbs/02_loss_balancing/01_log.ipynb #c4992bde
 class Identity(Transform):
     "phi(l) = l, [T] -> [T]: equal weighting."
+
+    can_skip_tasks = True
 
     def forward(self, losses: Tensor) -> Tensor:
         return losses

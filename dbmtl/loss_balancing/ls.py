@@ -30,6 +30,8 @@ def _check_weights(weights: Sequence[float], num_tasks: int) -> list[float]:  # 
 class LS(Transform):
     "Linear scalarization: fixed weights w_t of the losses; equal weighting is its special case."
 
+    can_skip_tasks = True
+
     def __init__(
         self,
         num_tasks: int,  # T

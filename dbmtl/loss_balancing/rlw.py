@@ -29,6 +29,8 @@ def weight_sum(
 class RLW(Transform):
     "Random weights, softmax of standard normal numbers, new in each step (Lin et al., TMLR 2022)."
 
+    can_skip_tasks = True
+
     def __init__(
         self,
         num_tasks: int,  # T

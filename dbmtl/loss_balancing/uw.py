@@ -21,6 +21,7 @@ class UW(Transform):
     """
 
     domain = "finite and not negative, for the uncertainty to have a minimum"
+    can_skip_tasks = True
 
     def __init__(
         self,

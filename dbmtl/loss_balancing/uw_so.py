@@ -27,6 +27,7 @@ class UWSO(Transform):
     "Softmax of the inverse losses over a temperature, UW-SO (Kirchdorfer et al., GCPR 2024)."
 
     domain = "finite and positive, for its inverse"
+    can_skip_tasks = True
 
     def __init__(
         self,
@@ -37,6 +38,9 @@ class UWSO(Transform):
 
     def forward(self, losses: Tensor) -> Tensor:  # [T]
         return inverse_loss_weights(losses, self.temperature) * losses
+
+    def of_present(self, losses: Tensor, tasks: list[int]) -> Tensor:  # [T]
+        return self(losses[tasks])
 
     def valid(self, losses: Tensor) -> Tensor:  # [T] bool
         return torch.isfinite(losses) & (losses > 0)

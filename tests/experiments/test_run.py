@@ -274,7 +274,10 @@ def test_an_interrupted_fresh_run_goes_on_though_its_old_record_is_there(tmp_pat
         ({"--methods": "DB-MTL(beta=abc)"}, "beta"),
         ({"--hyper": "DBMTL:beta=1"}, "did you mean 'DB-MTL'"),
         ({"--device": "cudda"}, "cudda"),
-        ({"--methods": "DB-MTL(check=off)"}, "no setting 'check'; its settings: eps, alpha, weights, beta"),
+        (
+            {"--methods": "DB-MTL(check=off)"},
+            "no setting 'check'; its settings: eps, alpha, weights, beta",
+        ),
         ({"--hyper": "DB-MTL:grads=loop"}, "no setting 'grads'"),
         ({"--hyper": "check=off"}, "EW has no hyperparameters, got 'check'"),
         ({"--methods": "DB-MTL(num_tasks=3)"}, "no setting 'num_tasks'"),
