@@ -16,18 +16,12 @@ REFUSE = {  # what they remember or aim at needs all tasks
 SKIP = [name for name in BASES if name not in REFUSE]
 
 
-def losses_of(balancer, model, seed, missing=()):
-    """The losses of a step, None where a task is missing, and what else `backward` needs."""
-    z = model.features(seed)
-    losses = [None if t in missing else loss for t, loss in enumerate(model.losses(z))]
-    return losses, {"features": z} if balancer.level == "features" else {}
-
-
 def step(balancer, model, seed=0, missing=(), **options):
     zs = [model.features(3 * seed + k) for k in range(balancer.aggregator.num_batches)]
     batches = []
     for z in zs:
-        batches.append([None if t in missing else loss for t, loss in enumerate(model.losses(z))])
+        losses = enumerate(model.losses(z))
+        batches.append([None if t in missing else loss for t, loss in losses])
     features = {"features": zs[0]} if balancer.level == "features" else {}
     balancer.backward(*batches, **features, **options)
 

@@ -24,6 +24,8 @@ from torch.testing import assert_close
 from dbmtl import DBMTL, make_balancer
 from dbmtl.registry import hyperparameters
 
+pytestmark = pytest.mark.full  # starts processes
+
 F64 = torch.float64
 WAIT = 30  # seconds, for a sum and for an answer
 CUTS = {1: [12], 2: [9, 3], 3: [5, 1, 6], 4: [2, 5, 1, 4]}  # samples of each rank
@@ -96,12 +98,13 @@ def tensors(nested):
 
 
 @torch.no_grad()
-def follow(model, balancer, losses, sizes, rate=1e-2):
+def follow(model, balancer, data, rate=1e-2):
     for p in [*model.parameters(), *balancer.parameters()]:
         if p.grad is not None:
             p.sub_(p.grad, alpha=rate)
         p.grad = None
-    balancer.after_step(losses(), size=sizes)
+    x, y, valid = data
+    balancer.after_step(model.losses(model.features(x), y, valid), size=valid.sum(1))
     balancer.end_epoch()
 
 
@@ -129,16 +132,9 @@ def train(rank, size, name, steps=5, accumulate=False, **options):
             features = {"features": zs[0]} if balancer.level == "features" else {}
             balancer.backward(*losses, size=sizes, **features)
         seen.note(model, balancer)
-        first_piece = pieces[0]
-        follow(model, balancer, lambda data=first_piece: losses_on(model, data), sizes)
+        follow(model, balancer, pieces[0])
     seen.append([p.detach().clone() for p in model.parameters()])
     return list(seen)
-
-
-def losses_on(model, data):
-    """The losses of a piece of a batch."""
-    x, *targets = data
-    return model.losses(model.features(x), *targets)
 
 
 # processes that wait for work
@@ -227,7 +223,6 @@ def pools():
         pool.stop()
 
 
-full = pytest.mark.full
 sizes = pytest.mark.parametrize("size", [2, 3])
 
 
@@ -254,14 +249,12 @@ def agree(ranks, one, rtol=1e-10):
         assert same(rank, ranks[0])
 
 
-@full
-@sizes
 @pytest.mark.parametrize("name", BASES)
+@sizes
 def test_ranks_equal_one_process_on_the_joined_batch(pools, size, name):
     agree(pools(size).run(train, name), train(0, 1, name))
 
 
-@full
 @pytest.mark.parametrize("name", ["EW", "GLS", "UW", "MoCo", "DB-MTL", "MGDA-UB", "SDMGrad"])
 def test_four_ranks_equal_one_process(pools, name):
     agree(pools(4).run(train, name, steps=3), train(0, 1, name, steps=3))
@@ -281,14 +274,12 @@ def test_two_ranks_without_a_look_at_the_losses(pools, name, check):
 ACCUMULATED = [name for name in BASES if name not in FEATURES | THREE | {"FAMO"}]
 
 
-@full
 @pytest.mark.parametrize("name", ACCUMULATED)
 def test_micro_batches_on_two_ranks_equal_one_process(pools, name):
     """A micro-batch is one sample, so ranks accumulate unequal numbers of them."""
     agree(pools(2).run(train, name, 3, accumulate=True), train(0, 1, name, 3))
 
 
-@full
 @pytest.mark.parametrize("name", ["DB-MTL", "PCGrad", "GradDrop", "RLW", "Nash-MTL", "MTAdam"])
 def test_twenty_steps_leave_all_ranks_equal_to_the_bit(pools, name):
     first, *others = pools(3).run(train, name, 20)
@@ -690,3 +681,91 @@ def test_other_dtypes_are_summed_in_float32(pools, dtype, rtol):
         if a is not None:
             assert a.dtype == dtype
             assert (a - b).float().norm() < rtol * b.float().norm()
+
+
+def scaled(rank, size):
+    model = Net()
+    balancer = make("DB-MTL", model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    for seed in range(2):
+        x, y, valid = part(batch(seed), rank, size)
+        losses = model.losses(model.features(x), y, valid)
+        balancer.backward(losses, size=valid.sum(1), scaler=scaler)
+    return model.grads(), tensors(balancer.state_dict())
+
+
+def test_a_scaler_on_every_rank(pools):
+    agree(pools(2).run(scaled), scaled(0, 1))
+
+
+def infinite(rank, size, name):
+    """In the second step one rank's gradient overflows, its loss does not."""
+    model = Net()
+    balancer = make(name, model)
+    averages = None
+    for seed in range(3):
+        x, y, valid = part(batch(seed), rank, size)
+        losses = model.losses(model.features(x), y, valid)
+        if seed == 1 and rank == size - 1:
+            losses[1] = losses[1] * 1.0
+            losses[1].register_hook(lambda gradient: gradient * float("inf"))
+        balancer.backward(losses, size=valid.sum(1))
+        if seed == 1 and balancer.ema:
+            averages = tensors(balancer.state_dict())["ema"]["1"]
+    return balancer.nonfinite, averages
+
+
+@pytest.mark.parametrize("name", ["DB-MTL", "MGDA"])
+def test_a_gradient_that_overflows_on_one_rank_is_counted_on_all(pools, name):
+    ranks = pools(2).run(infinite, name)
+    for nonfinite, averages in ranks:
+        assert nonfinite[1] == 1
+        assert averages is None or all(average.isfinite().all() for average in averages.values())
+    assert same(*ranks)
+
+
+def looked_at_later(rank, size):
+    model = Net()
+    balancer = make("DB-MTL", model, check="later")
+    x, y, valid = part(batch(0), rank, size)
+    losses = model.losses(model.features(x), y, valid)
+    if rank == 1:
+        losses[2] = losses[2] * float("nan")
+    balancer.backward(losses, size=valid.sum(1))
+    balancer.verify()
+
+
+def test_a_bad_loss_of_one_rank_is_flagged_on_all(pools):
+    for _, error in pools(2).answers_of(looked_at_later):
+        assert "bad losses of tasks [2]" in error
+
+
+def train_stacked(rank, size):
+    """A stacked tensor, of which one rank's second loss counts nothing from the start."""
+    model = Net()
+    balancer = make("DB-MTL", model)
+    for seed in range(2):
+        x, y, valid = batch(seed)
+        valid[1, : CUTS[2][0]] = False
+        x, y, valid = part((x, y, valid), rank, size)
+        losses = torch.stack(model.losses(model.features(x), y, valid))
+        balancer.backward(losses, size=valid.sum(1))
+    return model.grads(), tensors(balancer.state_dict())
+
+
+def test_a_stacked_tensor_with_nothing_to_count_on_one_rank(pools):
+    agree(pools(2).run(train_stacked), train_stacked(0, 1))
+
+
+@pytest.mark.parametrize("name", ["FAMO", "DWA", "GradNorm", "MoCo"])
+def test_methods_that_need_all_tasks_raise_on_all_ranks(pools, name):
+    for _, error in pools(2).answers_of(train_without_the_third, name):
+        assert "needs a loss of every task in every step; missing now: [2]" in error
+
+
+def train_without_the_third(rank, size, name):
+    model = Net()
+    balancer = make(name, model)
+    x, y, valid = part(batch(0), rank, size)
+    losses = model.losses(model.features(x), y, valid)
+    balancer.backward([*losses[:2], None], size=valid.sum(1))

@@ -16,9 +16,10 @@ from dbmtl.benchmarks.toy import toy
 from dbmtl.core.balancer import Balancer
 from dbmtl.data.image_store import DamagedStore
 from dbmtl.experiments import run as lab
+from dbmtl.experiments.metrics import delta_p
 from dbmtl.experiments.records import read_records, write_record
 from dbmtl.experiments.replay import replay_all
-from dbmtl.experiments.run import check_names, main, plan, run_all, run_table
+from dbmtl.experiments.run import check_names, main, metrics_table, plan, run_all, run_table
 from dbmtl.experiments.train import train
 
 
@@ -273,7 +274,10 @@ def test_an_interrupted_fresh_run_goes_on_though_its_old_record_is_there(tmp_pat
         ({"--methods": "DB-MTL(beta=abc)"}, "beta"),
         ({"--hyper": "DBMTL:beta=1"}, "did you mean 'DB-MTL'"),
         ({"--device": "cudda"}, "cudda"),
-        ({"--methods": "DB-MTL(check=off)"}, "no setting 'check'; its settings: eps, alpha, beta"),
+        (
+            {"--methods": "DB-MTL(check=off)"},
+            "no setting 'check'; its settings: eps, alpha, weights, beta",
+        ),
         ({"--hyper": "DB-MTL:grads=loop"}, "no setting 'grads'"),
         ({"--hyper": "check=off"}, "EW has no hyperparameters, got 'check'"),
         ({"--methods": "DB-MTL(num_tasks=3)"}, "no setting 'num_tasks'"),
@@ -798,3 +802,54 @@ def test_a_failed_run_is_told_by_the_exit_code(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Balancer, "backward", no_convergence)
     assert main(["--benchmark", "toy", "--methods", "EW", "--out", str(tmp_path)]) == 1
     assert "RuntimeError: no convergence" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------- what came out
+
+
+def test_the_command_line_prints_the_metrics_and_the_data(tmp_path, capsys):
+    line = ["--benchmark", "toy", "--methods", "STL,EW", "--seeds", "0,1", "--out", str(tmp_path)]
+    assert main(line) == 0
+    shown = capsys.readouterr()
+    title, head, *rows, folder = shown.out.split("\n\n")[1].splitlines()
+    assert title.startswith("test metrics at the best validation epoch, smoke scale; data: generat")
+    assert head.split()[:3] == ["method", "seed", "delta_p"] and "unit MAE (down)" in head
+    assert folder == str(tmp_path)
+    by_run = {tuple(row.split()[:2]): row.split()[2:] for row in rows}
+    records = {
+        (r["config"]["method"], str(r["config"]["seed"])): r
+        for r in run_all("toy", ["STL", "EW"], [0, 1], out=tmp_path)
+    }
+    assert by_run.keys() == records.keys()
+    for (method, seed), (gain, *values) in by_run.items():
+        record = records[method, seed]
+        test = record["selected"]["best validation epoch"]["test"]
+        baseline = records["STL", seed]["selected"]["best validation epoch"]["test"]
+        assert gain == f"{delta_p(test, baseline, record['directions']):+.2f}"
+        assert values == [f"{test[task]['MAE']:.4g}" for task in record["directions"]]
+    # off a terminal, a line a run as it ends
+    assert shown.err.splitlines() == [
+        "STL seed 0: done now, 54 steps",
+        "EW seed 0: done now, 18 steps",
+        "STL seed 1: done now, 54 steps",
+        "EW seed 1: done now, 18 steps",
+    ]
+
+
+def test_without_single_tasks_there_is_no_delta_p(tmp_path):
+    [record] = run_all("toy", ["EW"], out=tmp_path)
+    _, _, _, row = metrics_table([record]).splitlines()
+    assert row.split()[:3] == ["EW", "0", "-"]
+
+
+def test_where_nothing_has_finished_there_are_no_metrics(tmp_path):
+    [record] = run_all("toy", ["EW"], out=tmp_path, budget=0.0001)
+    assert metrics_table([record]) == ""
+
+
+@pytest.mark.full
+def test_processes_tell_of_each_run_as_well(tmp_path):
+    told = []
+    run_all("toy", ["EW", "DB-MTL"], out=tmp_path, jobs=2, told=told.append)
+    assert sorted(record["config"]["method"] for record in told) == ["DB-MTL", "EW"]
+    assert {record["status"] for record in told} == {"done now"}

@@ -298,7 +298,9 @@ def test_a_negative_interval_of_monitors_is_refused(tmp_path):
 
 
 def test_options_of_the_balancer_are_no_settings(tmp_path):
-    with pytest.raises(ValueError, match="has no setting 'check'; its settings: eps, alpha, beta"):
+    with pytest.raises(
+        ValueError, match="has no setting 'check'; its settings: eps, alpha, weights, beta"
+    ):
         train("toy", "DB-MTL", out=tmp_path, hyper={"check": "off"})
 
 
