@@ -134,6 +134,7 @@ FORMS = {
     "None in a list": lambda b, ls: b.backward(with_none(ls)),
     "None in a tuple": lambda b, ls: b.backward(tuple(with_none(ls))),
     "size 0": lambda b, ls: b.backward(ls, size=[1, 0, 1], missing="skip"),
+    "None and size 0": lambda b, ls: b.backward(with_none(ls), size=[2, 0, 2]),
     "size 0, stacked": lambda b, ls: b.backward(torch.stack(ls), size=[1, 0, 1], missing="skip"),
     "size 0, not a number": lambda b, ls: b.backward(
         [ls[0], ls[1] * float("nan"), ls[2]], size=[1, 0, 1], missing="skip"
