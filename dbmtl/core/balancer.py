@@ -38,7 +38,14 @@ from dbmtl.core.inputs import (
 )
 from .micro_batches import MicroBatches, read_sizes
 from .partition import Partition
-from .ranks import Ranks, check_wrappers, wrappers
+from dbmtl.core.ranks import (
+    Ranks,
+    check_alike,
+    check_wrappers,
+    join_losses,
+    numbers_of_part,
+    wrappers,
+)
 from .task_gradients import at_least_float32
 from .transform import Memory, Transform, all_or_nothing, slopes
 
@@ -105,12 +112,18 @@ class _Step(NamedTuple):
     cosines: Tensor | None = None  # [T, T], where they were asked for
 
 
+class _Part(NamedTuple):
+    "A batch of this rank."
+
+    batch: Batch | MicroBatches
+    counts: list[float] | Tensor  # [T] behind the mean losses; 0 where there is no loss
+    excused: list[bool]  # T, which tasks may be missing on all ranks
+
+
 class _Read(NamedTuple):
     "What a call of `backward` was given, checked."
 
-    batches: list  # of Batch, or one MicroBatches
-    sizes: list  # of each batch: [T] counts
-    excused: list  # of each batch: [T] bool, which tasks may be missing
+    parts: list[_Part]  # one, or one for each of three batches
     features: list[Tensor] | None
     scale: GradScale
 
@@ -262,7 +275,7 @@ class Balancer:
             lambda: self._read_step(given, size, missing, features, scaler),
             self._report,
         )
-        batches = read.batches if told is None else self._join(read, told)
+        batches = self._join(read, told)
         *earlier, batch = batches
         scale = read.scale
         with all_or_nothing(self.transform, self.aggregator):
@@ -290,23 +303,23 @@ class Balancer:
         scale = GradScale(scaler, self.shared[0].device)
         skip = check_choice("missing", missing or self.missing, ("raise", "skip")) == "skip"
         if given[0] is None:
-            batches = [self._finished_micro_batches(scaler, skip)]
-            sizes = [batches[0].sizes]
-            excused = [[skip] * self.num_tasks]
+            held = self._finished_micro_batches(scaler, skip)
+            parts = [_Part(held, held.sizes, [skip] * self.num_tasks)]
         else:
-            batches, sizes, excused = self._read_batches(given, size, skip, features)
+            parts = self._read_batches(given, size, skip, features)
         is_whole = self.ranks.size == 1
-        for batch in batches:
+        for part in parts:
             if is_whole:
-                self._check_skips(batch)
-            self._check_values(batch.values, batch.names, joined=is_whole)
+                self._check_present(part.batch, part.excused)
+            self._check_values(part.batch.values, part.batch.names, joined=is_whole)
+        batch = parts[-1].batch
         if features is not None:
-            features = read_features(features, self.num_tasks, batches[-1].names)
-        if isinstance(batches[-1], Batch):
-            self._learn_partition(batches[-1])
-        return _Read(batches, sizes, excused, features, scale)
+            features = read_features(features, self.num_tasks, batch.names)
+        if isinstance(batch, Batch):
+            self._learn_partition(batch)
+        return _Read(parts, features, scale)
 
-    def _read_batches(self, given: tuple, size, skip: bool, features) -> tuple[list, list, list]:
+    def _read_batches(self, given: tuple, size, skip: bool, features) -> list[_Part]:
         "The batches of a step, read and checked against what the method takes."
         if self._micro_batches:
             raise RuntimeError(
@@ -331,12 +344,11 @@ class Balancer:
         only = self._counted(losses, size)
         first = self._read(losses, only, one_pass=one_pass, skip=skip)
         batches = [first, *(self._read(extra, only, first.names, skip=skip) for extra in more)]
-        sizes = []
-        excused = []
-        for extra, batch in zip([losses, *more], batches, strict=True):
-            sizes.append(self._sizes_of(batch, size))
-            excused.append(self._excused(extra, batch, only, skip))
-        return batches, sizes, excused
+        pairs = zip([losses, *more], batches, strict=True)
+        return [
+            _Part(batch, self._counts(batch, size), self._excused(extra, batch, skip))
+            for extra, batch in pairs
+        ]
 
     def _counted(self, losses, size) -> list[int] | None:
         "The tasks with a size above zero; None: all."
@@ -347,44 +359,37 @@ class Balancer:
         counted = [t for t, n in enumerate(sizes) if n > 0]
         return None if len(counted) == self.num_tasks else counted
 
-    def _sizes_of(self, batch: Batch, size) -> list[float]:  # T
+    def _counts(self, batch: Batch, size) -> list[float]:  # T
         "The counts behind the means; 0 where a task has no loss."
         counts = [1.0] * self.num_tasks if size is None else read_sizes(size, batch.names)
         if batch.tasks is None:
             return counts
         return [n if t in batch.tasks else 0.0 for t, n in enumerate(counts)]
 
-    def _excused(self, losses, batch: Batch, only: list[int] | None, skip: bool) -> list[bool]:
-        "Which tasks may be missing; on one rank the others are an error already here."
-        if batch.tasks is None:
+    def _excused(self, losses, batch: Batch, skip: bool) -> list[bool]:  # T
+        "Which tasks may be missing: with `skip` all, otherwise those whose loss is None."
+        if skip or batch.tasks is None:
             return [skip] * self.num_tasks
-        counted = range(self.num_tasks) if only is None else only
-        is_none = [t in counted and t not in batch.tasks for t in range(self.num_tasks)]
-        excused = [skip or none for none in is_none]
-        if self.ranks.size == 1:
-            self._check_excused(batch, excused)
-        return excused
+        if isinstance(losses, Mapping):
+            losses = [losses[name] for name in batch.names]
+        return [loss is None for loss in losses]
 
-    def _check_excused(self, batch, excused: list[bool]):
-        "Raise ValueError for a task that nothing was counted of, unless that is meant."
-        absent = [t for t in range(self.num_tasks) if t not in batch.present]
-        empty = [batch.names[t] for t in absent if not excused[t]]
-        if empty or not batch.present:
+    def _check_present(self, batch, excused: list[bool]):
+        "Raise ValueError for a missing task, unless that is meant and the method allows it."
+        if batch.tasks is None:
+            return
+        missing = [t for t in range(self.num_tasks) if t not in batch.tasks]
+        empty = [batch.names[t] for t in missing if not excused[t]]
+        if empty or not batch.tasks:
             raise ValueError(
                 f"there was nothing to count for tasks {empty or list(batch.names)}: "
                 "with missing='skip' the step is taken without them, if there are others"
             )
-
-    def _check_skips(self, batch):
-        "Raise ValueError if a task is missing that the method cannot do without."
-        if batch.tasks is None:
-            return
-        missing = [name for t, name in enumerate(batch.names) if t not in batch.tasks]
         for part in (self.transform, self.aggregator):
             if not part.can_skip_tasks:
                 raise ValueError(
                     f"{type(part).__name__} needs a loss of every task in every step; "
-                    f"missing now: {missing}"
+                    f"missing now: {[batch.names[t] for t in missing]}"
                 )
 
     def _read(
@@ -483,8 +488,7 @@ class Balancer:
         ranks.device = self.shared[0].device
         mine, _ = ranks.agreed("the first step", lambda: self._introduction(losses))
         everyone = ranks.gather(mine)
-        for rank, other in enumerate(everyone):
-            self._compare(rank, other, everyone[0])
+        check_alike(everyone)
         for number, memory in enumerate(self._memories):
             if memory.seed is None:  # drawn from what the first rank was seeded with
                 memory.seed = (torch.initial_seed() + number) % 2**31
@@ -512,49 +516,24 @@ class Balancer:
             "step": int(self.step),
             "names": names,
             "model": heads,
-            "lengths of the shared parameters": lengths,
+            "lengths": lengths,
         }
-
-    def _compare(self, rank: int, other: dict, first: dict):
-        "Raise ValueError if a rank is not like the first one."
-        for key, value in first.items():
-            if key.startswith("lengths"):
-                here = torch.tensor(other[key])
-                if not torch.allclose(here, torch.tensor(value), rtol=1e-4, equal_nan=True):
-                    raise ValueError(
-                        f"the shared parameters of rank {rank} are not those of rank 0: seed all "
-                        "ranks alike before the model is made, or start with\n"
-                        "    for p in model.parameters():\n"
-                        "        torch.distributed.broadcast(p.data, 0)"
-                    )
-            elif key == "names":
-                if value and other[key] and set(value) != set(other[key]):
-                    raise ValueError(
-                        f"the tasks of rank {rank} are {list(other[key])}, "
-                        f"those of rank 0 {list(value)}"
-                    )
-            elif other[key] != value:
-                raise ValueError(
-                    f"rank {rank} is not like rank 0: {key} is {other[key]}, there {value}"
-                )
 
     def _report(self, read: _Read) -> list[float]:
         "The numbers of this rank: what it reaches, and losses and counts of its batches."
-        batch = read.batches[-1]
+        batch = read.parts[-1].batch
         positions = batch.positions(self.shared)
         is_double = batch.values.dtype == torch.float64
         numbers = [zlib.crc32(repr(positions).encode()), self._has_new_heads(read), is_double]
-        for one, sizes, excused in zip(read.batches, read.sizes, read.excused, strict=True):
-            counts = torch.as_tensor(sizes, dtype=torch.float64).cpu()
-            values = torch.where(counts > 0, one.values.double().cpu(), 0)
-            numbers += [*counts.tolist(), *values.tolist(), *excused]
+        for part in read.parts:
+            numbers += numbers_of_part(part.counts, part.batch.values, part.excused)
         return numbers
 
     def _head_leaves(self, read: _Read) -> dict:  # {task: parameters outside `shared`}
         inside = set(self.shared)
         leaves = {}
-        for batch in read.batches:
-            for t, reached in batch.leaves().items():
+        for part in read.parts:
+            for t, reached in part.batch.leaves().items():
                 heads = [p for p in reached if isinstance(p, nn.Parameter) and p not in inside]
                 leaves[t] = list(dict.fromkeys([*leaves.get(t, []), *heads]))
         return leaves
@@ -562,33 +541,32 @@ class Balancer:
     def _has_new_heads(self, read: _Read) -> bool:
         return self.ranks.are_new(self._head_leaves(read))
 
-    def _join(self, read: _Read, told: Tensor) -> list:
+    def _join(self, read: _Read, told: Tensor | None) -> list:
         "The batches of all ranks as one: their losses, and this rank's share in them."
+        if told is None:  # there is one rank
+            return [part.batch for part in read.parts]
         ranks = self.ranks
         reached, new_heads, is_double, numbers = told.split([1, 1, 1, told.shape[1] - 3], 1)
         self._positions = set()
         if (reached != reached[0]).any():
-            mine = read.batches[-1].positions(self.shared)
+            mine = read.parts[-1].batch.positions(self.shared)
             self._positions = set().union(*ranks.gather(mine))
         if new_heads.any():
-            ranks.learn_heads(self._head_leaves(read), read.batches[-1].names)
+            ranks.learn_heads(self._head_leaves(read), read.parts[-1].batch.names)
         dtype = torch.float64 if is_double.any() else torch.float32
         batches = []
-        of_batches = numbers.view(ranks.size, len(read.batches), 3, self.num_tasks).unbind(1)
-        for batch, of_batch in zip(read.batches, of_batches, strict=True):
-            counts, values, excused = of_batch.unbind(1)
-            total = counts.sum(0)
-            mean = torch.where(total > 0, (counts * values).sum(0) / total, 1).to(dtype)
-            tasks = torch.nonzero(total > 0).flatten().tolist()
+        of_parts = numbers.split(3 * self.num_tasks, 1)
+        for part, of_part in zip(read.parts, of_parts, strict=True):
+            batch = part.batch
+            whole = join_losses(of_part)
             device = batch.values.device
             joined = batch.joined(
-                mean.to(device),
-                total.to(device),
-                counts[ranks.rank].to(device),
-                None if len(tasks) == self.num_tasks else tasks,
+                whole.losses.to(device, dtype),
+                whole.counts.sum(0).to(device),
+                whole.counts[ranks.rank].to(device),
+                whole.tasks,
             )
-            self._check_excused(joined, excused.bool().all(0).tolist())
-            self._check_skips(joined)
+            self._check_present(joined, whole.excused)
             self._check_values(joined.values, joined.names)
             batches.append(joined)
         return batches
@@ -910,22 +888,21 @@ class Balancer:
                 return None, None
             values = read_values(losses, self.num_tasks, self._names)
             names = self._names or tuple(range(self.num_tasks))
-            return values, [1.0] * self.num_tasks if size is None else read_sizes(size, names)
+            return values, read_sizes(1 if size is None else size, names)
 
         def report(result):
             values, sizes = result
             if values is None:
                 return []
-            counts = torch.tensor(sizes, dtype=torch.float64)
-            return [*sizes, *torch.where(counts > 0, values.double().cpu(), 0).tolist()]
+            return numbers_of_part(sizes, values, [False] * self.num_tasks)
 
         (values, _), told = self.ranks.agreed(self._call(name, losses, size), read, report)
         if told is None or values is None:
             return values
-        counts, values_of = told.view(self.ranks.size, 2, self.num_tasks).unbind(1)
-        if not (counts.sum(0) > 0).all():
+        whole = join_losses(told)
+        if whole.tasks is not None:
             raise ValueError(f"{name} got losses with nothing to count on any rank")
-        return ((counts * values_of).sum(0) / counts.sum(0)).to(values)
+        return whole.losses.to(values)
 
     def verify(self):
         "With check='later': raise if any loss since the last call was bad. One host read."

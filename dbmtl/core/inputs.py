@@ -135,7 +135,10 @@ def _in_order(losses: Mapping, names: tuple | None, skip: bool = False) -> Mappi
     if skip and not unknown:
         return {name: losses.get(name) for name in names}
     if missing or unknown:
-        raise ValueError(f"the tasks are {list(names)}; missing now: {missing}, unknown: {unknown}")
+        raise ValueError(
+            f"the tasks are {list(names)}; missing now: {missing}, unknown: {unknown} "
+            "(missing='skip' takes a step without the missing ones)"
+        )
     return {name: losses[name] for name in names}
 
 # %% ../../nbs/01_core/12_inputs.ipynb #da3fe92e
@@ -182,9 +185,7 @@ def read_losses(
         tasks = given if given or may_be_empty else tasks
     with torch.enable_grad():
         roots = loss_edges([losses[t] for t in tasks], [repr(names[t]) for t in tasks])
-    idle_roots = {}
-    if may_be_empty:
-        idle_roots = _idle_roots(losses, tasks)
+        idle_roots = _idle_roots(losses, tasks) if may_be_empty else {}
     values = _values_of(losses, tasks)
     some = None if len(tasks) == num_tasks else tasks
     return Batch(values, roots, names, trace(roots), some, idle_roots=idle_roots)
