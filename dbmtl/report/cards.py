@@ -60,8 +60,10 @@ def title_of(card: dict) -> str:
     "The first sentence of a card's caption, or its first clause where that is long."
     first = sentences(card["caption"])[0].rstrip(".")
     clauses = re.split(r"(?<=[:;])\s", first)
-    title = first if len(first) < 90 else " ".join(clauses[:2]) if len(clauses) > 2 else clauses[0]
-    return title.rstrip(":;")
+    if len(first) < 90:
+        return first
+    few = clauses[:2] if len(clauses) > 2 else clauses[:1]
+    return " ".join(few).rstrip(":;")
 
 # %% ../../nbs/11_report/27_cards.ipynb #a4b9e49a
 NAMES = {

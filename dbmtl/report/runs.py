@@ -34,6 +34,7 @@ COLUMNS = [
     "better",
     "state",
     "current",
+    "version",
 ]
 
 PROTOCOLS = {  # how the epoch of a run is chosen: name in a record -> short name
@@ -73,6 +74,7 @@ def _rows_of(record: dict) -> list[dict]:
         "seed": config["seed"],
         "state": record["state"],
         "current": is_current(record),
+        "version": config["protocol"],
     }
     if record["state"] != "finished":
         return [run]

@@ -8,6 +8,7 @@ __all__ = ['COLUMN', 'PAGE', 'STYLE', 'DECIMALS', 'FAMILIES', 'COLORS', 'MARKERS
            'save_figure']
 
 # %% ../../nbs/11_report/01_style.ipynb #ba51e80c
+import functools
 import io
 import re
 import sys
@@ -135,9 +136,10 @@ def _drawn(fig, kind: str, **options) -> bytes:
 # %% ../../nbs/11_report/01_style.ipynb #6399b333
 def palette_png(
     fig,  # matplotlib figure
+    dpi: int = STYLE["savefig.dpi"],
 ) -> bytes:
     "The figure at its own size as a PNG with a palette and no metadata."
-    drawn = _drawn(fig, "png", dpi=STYLE["savefig.dpi"])
+    drawn = _drawn(fig, "png", dpi=dpi)
     picture = Image.open(io.BytesIO(drawn)).convert("RGB")
     colors = 128 if any(ax.images for ax in fig.axes) else 64
     packed = io.BytesIO()
@@ -154,7 +156,8 @@ def use_style() -> None:
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
         set_matplotlib_formats("png")  # one plain picture, before its formatter is replaced
-        shell.display_formatter.formatters["image/png"].for_type(mpl.figure.Figure, palette_png)
+        small = functools.partial(palette_png, dpi=STYLE["figure.dpi"])
+        shell.display_formatter.formatters["image/png"].for_type(mpl.figure.Figure, small)
 
 # %% ../../nbs/11_report/01_style.ipynb #116afda8
 FAMILIES = {

@@ -7,6 +7,7 @@ __all__ = ['number', 'as_frame', 'markdown_table', 'write_csv', 'write_table']
 
 # %% ../../nbs/11_report/03_tables.ipynb #4b051731
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -64,10 +65,11 @@ def markdown_table(
     rows,  # list of dictionaries, or a data frame
     caption: str = "",
 ) -> str:
-    "Rows as a Markdown table with the caption below it."
+    "Rows as a Markdown table with the caption below it; columns are not padded to one width."
     frame = as_frame(rows).map(_markdown_cell)
     headers = [_markdown_cell(str(name)) for name in frame.columns]
-    table = tabulate(frame.values.tolist(), headers, "pipe", disable_numparse=True)
+    padded = tabulate(frame.values.tolist(), headers, "pipe", disable_numparse=True)
+    table = re.sub(r" +(?=\|)|(?<=---)-+", lambda blank: blank[0][:1].strip("-"), padded)
     return table + (f"\n\n{caption}\n" if caption else "\n")
 
 

@@ -44,7 +44,8 @@ def test_every_method_skips_or_refuses():
 
 @every
 def test_with_all_tasks_present_nothing_is_special(name):
-    plain, special = Net(), Net()
+    plain = Net()
+    special = Net()
     a = make(name, plain)
     b = make(name, special, missing="skip")
     for seed in range(3):
@@ -62,7 +63,8 @@ def test_with_all_tasks_present_nothing_is_special(name):
 @pytest.mark.parametrize("name", [name for name in SKIP if name != "RLW"])  # a weight for each task
 def test_a_step_without_a_task_is_that_of_the_others(name, missing):
     """No trace of the missing task: the numbers of a balancer that has never heard of it."""
-    model, smaller = Net(), Net(tasks=tuple(t for t in range(3) if t not in missing))
+    model = Net()
+    smaller = Net(tasks=tuple(t for t in range(3) if t not in missing))
     balancer = make(name, model)
     fewer = make(name, smaller)
     for seed in range(1 if name in RANDOM else 3):
@@ -84,8 +86,10 @@ def test_a_step_without_a_task_is_that_of_the_others(name, missing):
 
 
 def test_random_weights_are_those_of_all_tasks():
-    model, whole = Net(), Net()
-    balancer, other = make("RLW", model), make("RLW", whole)
+    model = Net()
+    whole = Net()
+    balancer = make("RLW", model)
+    other = make("RLW", whole)
     step(balancer, model, 0, (1,))
     step(other, whole, 0)
     assert_close(balancer.slopes[[0, 2]], other.slopes[[0, 2]])
@@ -176,7 +180,8 @@ def test_every_form_by_name_gives_the_same_step(form):
 @pytest.mark.parametrize("grads", ["loop", "split", "batched"])
 @pytest.mark.parametrize("name", [name for name in SKIP if name not in FEATURES | THREE])
 def test_micro_batches_without_a_task(name, grads):
-    model, whole = Net(), Net()
+    model = Net()
+    whole = Net()
     pieces = make(name, model, missing="skip", grads=grads)
     at_once = make(name, whole, grads=grads)
     losses = [model.losses(model.features(seed)) for seed in (0, 1)]

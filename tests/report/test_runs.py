@@ -31,7 +31,7 @@ def test_every_selected_number_is_a_row(committed, runs):
             for split in ("test", "validation"):
                 numbers += sum(len(metrics) for metrics in selection.get(split, {}).values())
     assert len(runs.dropna(subset="value")) == numbers > 4000
-    keys = ["benchmark", "scale", "method", "settings", "seed", "protocol", "split"]
+    keys = ["version", "benchmark", "scale", "label", "seed", "protocol", "split"]
     assert not runs.duplicated([*keys, "task", "metric"]).any()
 
 
@@ -45,6 +45,7 @@ def test_rows_hold_what_the_records_hold(committed, runs, protocol):
             & (runs["scale"] == config["scale"]["name"])
             & (runs["method"] == config["method"])
             & (runs["seed"] == config["seed"])
+            & (runs["version"] == config["protocol"])
             & (runs["split"] == "test")
             & (runs["protocol"] == protocol)
         )
