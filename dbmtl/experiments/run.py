@@ -708,7 +708,7 @@ _SHOWN = "best validation epoch"
 
 def metrics_table(records: list[dict]) -> str:  # "" if no run has finished
     "A line a finished run: method, seed, delta_p over STL, test metrics; and which data they are."
-    finished = [record for record in records if "selected" in record]
+    finished = [record for record in records if _SHOWN in record.get("selected", {})]
     if not finished:
         return ""
     directions = finished[0]["directions"]
