@@ -40,6 +40,7 @@ class DBMTL(Balancer):
         grads: order of the backward passes: "loop" (default), "split" or "batched".
         check: when losses are checked: "now" (default), "later" (see `verify`) or "off".
         model: only to name parameters in warnings and in `describe()`.
+        missing, process_group: as in `Balancer`.
 
     Raises ValueError for a number out of range, TypeError for an option that does not exist and
     for what is no parameter in `shared`.
@@ -60,7 +61,7 @@ class DBMTL(Balancer):
         eps: float = 1e-8,  # inside the logarithm, and added to the norms
         alpha: str | float = "max",  # common length of the gradients; see MaxNorm
         weights: Mapping | Sequence[float] | None = None,  # shares of the gradient; see MaxNorm
-        **options: Unpack[BalancerOptions],  # grads, check, model: see Balancer
+        **options: Unpack[BalancerOptions],  # grads, check, model, missing, process_group
     ):
         super().__init__(
             Log(eps),

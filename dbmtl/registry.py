@@ -268,7 +268,7 @@ def make_balancer(
     check: str = "now",  # see Balancer
     model: nn.Module | None = None,  # see Balancer
     missing: str = "raise",  # see Balancer
-    process_group=None,  # see Balancer
+    process_group: Any = None,  # see Balancer
     **hyper: Any,  # the method's own hyper-parameters: see `hyperparameters`
 ) -> Balancer:
     """A balancer by the name its method has in the paper's tables.
@@ -278,7 +278,7 @@ def make_balancer(
             of a gradient method is a suffix, "CAGrad+log".
         shared: what all tasks share: a module, or parameters in an iterable, which is read once.
         num_tasks: how many losses a step has, T.
-        grads, check, model: as in `Balancer`.
+        grads, check, model, missing, process_group: as in `Balancer`.
         hyper: the method's own hyperparameters by keyword, such as c=0.4 for CAGrad;
             `hyperparameters(name)` tells them with their defaults.
 

@@ -279,6 +279,16 @@ def _place(part, each):
     return each["stem"] != part, [(isinstance(x, str), x) for x in numbers]
 
 
+def _tell_apart(entries):
+    "Number the titles that occur again."
+    seen = Counter()
+    for each in entries:
+        title = each["title"]
+        seen[title] += 1
+        if seen[title] > 1:
+            each["title"] = f"{title} ({seen[title]})"
+
+
 def sections(
     folder,  # `figures`
     notebooks: list[str],  # those that have a part, whether they have cards or not
@@ -294,6 +304,7 @@ def sections(
         title = notebook_title(name, nbs)
         entries = [entry(card, folder, tightness) for card in cards if card["notebook"] == name]
         entries.sort(key=lambda each: _place(part, each))
+        _tell_apart(entries)
         shown[name] = (part, title, fold(part, entries) or [missing(name, title)])
     return shown
 

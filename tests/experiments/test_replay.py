@@ -683,7 +683,6 @@ class FeaturesOnDemand:
     "path",
     [
         *committed("office31", "cpu", "EW", "DB-MTL"),
-        *committed("office31-sgd", "cpu", "EW", "DB-MTL"),
         *committed("pacs", "cpu", "EW", "DB-MTL"),
     ],
 )
