@@ -114,7 +114,7 @@ def show_levels(
         "seeds; blue is better, red worse. Gray: not run, or at the level "
         "of a constant prediction (of the method or of STL). Rules of the epoch: "
         f"{', '.join(f'{scale} {rule}' for scale, rule in rules.items()) or 'none'}. "
-        f"{'Ours: ' + describe_runs(runs) if runs else page.about}"
+        f"{'Ours: ' + describe_runs(runs) + '.' if runs else page.about}"
     )
     page.artifacts.figure(stem, levels_figure(page, frame), caption, frame)
     plt.show()
