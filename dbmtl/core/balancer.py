@@ -212,7 +212,7 @@ class Balancer:
         model: nn.Module | None = None,  # only to name parameters in warnings
         level: str = "parameters",  # balance gradients of the "parameters", or of "features"
         missing: str = "raise",  # a task without a loss is an error, or "skip" it in this step
-        process_group: Any = None,  # whose batches are one; None: the default group; False: no other
+        process_group: Any = None,  # whose batches are one; None: the default; False: no other
     ):
         self.num_tasks = check_whole("num_tasks", num_tasks)
         self.grads = check_choice("grads", grads, ("loop", "split", "batched"))
@@ -264,7 +264,7 @@ class Balancer:
         losses2: Losses | None = None,  # of a second and a third batch, for methods that take three
         losses3: Losses | None = None,
         *,
-        size: Any = None,  # number, T, or dict: the count behind each mean; None: equal on all ranks
+        size: Any = None,  # number, T, or dict: the count behind each mean; None: equal on ranks
         missing: str | None = None,  # as for the balancer, for this step
         features: Losses | None = None,  # at feature level: what heads read, one tensor or T
         scaler: torch.amp.GradScaler | None = None,  # the losses are not scaled

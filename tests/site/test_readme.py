@@ -182,7 +182,9 @@ FRONT = (ROOT / "figures" / "site" / "front.md").read_text(encoding="utf-8")
 
 def test_front_numbers_are_those_of_the_records():
     assert stale(FRONT, ROOT / "figures" / "runs") == []
-    assert FRONT.strip() in README and "](figures/site/front.png)" in README
+    results = (ROOT / "figures" / "site" / "results.md").read_text(encoding="utf-8").strip()
+    assert results in README and all(line[2:] in FRONT for line in results.splitlines())
+    assert "](figures/site/front.png)" in README and "](figures/site/front.md)" in README
 
 
 @pytest.mark.parametrize("method", ["DB-MTL", "STL"])
