@@ -57,13 +57,15 @@ def sentences(text: str) -> tuple[str, str]:
 
 
 def title_of(card: dict) -> str:
-    "The first sentence of a card's caption, or its first clause where that is long."
+    "The first sentence of a card's caption, or its first clauses where that is long."
     first = sentences(card["caption"])[0].rstrip(".")
     clauses = re.split(r"(?<=[:;])\s", first)
-    if len(first) < 90:
-        return first
-    few = clauses[:2] if len(clauses) > 2 else clauses[:1]
-    return " ".join(few).rstrip(":;")
+    title = clauses[0]
+    for clause in clauses[1:]:
+        if len(title) + len(clause) > 90:
+            break
+        title += f" {clause}"
+    return title.rstrip(":;")
 
 # %% ../../nbs/11_report/27_cards.ipynb #a4b9e49a
 NAMES = {
