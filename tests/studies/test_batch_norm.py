@@ -39,7 +39,7 @@ def page():
     names = dict(vars(batch_norm))
     for cell in nbformat.read(NOTEBOOK, 4).cells:
         if cell.cell_type == "code" and "nn.BatchNorm1d(" in cell.source:
-            names |= {"assert_close": assert_close}
+            names |= {"assert_close": assert_close, "math": math}
             exec(compile(cell.source, NOTEBOOK.name, "exec"), names)
     return names
 

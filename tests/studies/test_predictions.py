@@ -194,7 +194,7 @@ def test_predictions_of_real_images_stay_out_of_figures(tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "figures").exists()
     texts = [each.data for each in shown if type(each).__name__ == "Markdown"]
     assert len(texts) == len(shown) == 2 and texts[0].startswith(
-        "NYUv2 with normals derived from depth, 8 + 2 images"
+        "NYUv2 with normals derived from depth, 4 + 2 images at 32x48, 4 more cut"
     )
 
 
