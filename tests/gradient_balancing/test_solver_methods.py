@@ -78,5 +78,9 @@ def test_solver_methods_survive_what_gradients_can_be(method, data, draw):
             rows[row] = {"zero": 0, "copy": 1, "opposite": -1}[kind] * rows[0]
     powers = data.draw(st.lists(st.integers(-8, 8), min_size=tasks, max_size=tasks))
     rows *= 10.0 ** torch.tensor(powers)[:, None]
-    w = method(rows @ rows.T, torch.ones(tasks, dtype=torch.float64))
+    try:
+        w = method(rows @ rows.T, torch.ones(tasks, dtype=torch.float64))
+    except RuntimeError as error:  # products that float64 has no digits for: an error in words
+        assert max(powers) - min(powers) >= 12 and "cagrad_weights did not converge" in str(error)
+        return
     assert w.shape == (tasks,) and w.isfinite().all() and (w >= 0).all()
