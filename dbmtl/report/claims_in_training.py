@@ -10,10 +10,11 @@ __all__ = ['recorded_curves', 'roughness', 'late_norm', 'last_fifth', 'rise', 'p
 import functools
 
 import numpy as np
-from scipy import stats
 
 from ..experiments.method_labels import label_of
 from .ledger import IN_PRINT, NO_EPOCH, Place, Places, Row, is_about, measured
+from .monitored import rank_correlation
+from .monitored import still_to_come as norms_and_falls
 
 # %% ../../nbs/11_report/18_claims_in_training.ipynb #811c2f5a
 def recorded_curves(
@@ -141,22 +142,10 @@ def still_to_come(
     share: bool = False,  # of the first loss, not a difference of logarithms
 ) -> float | None:  # None: no step has norms and falls that differ
     "The rank correlation over tasks of norm and fall to come, the mean over monitored steps."
-    norms = record["monitors"]["norms"]
-    curves = record["curves"]
-    losses = np.array([curves["train"][task] for task in norms], dtype=float)
-    level = losses / losses[:, :1] if share else np.log(losses)
-    falls = level - level[:, -1:]
-    column = {epoch: place for place, epoch in enumerate(curves["epochs"][:-1])}
-    correlations = []
-    for look, step in enumerate(record["monitors"]["steps"]):
-        epoch = step * record["config"]["scale"]["epochs"] // record["steps"] + 1
-        if epoch not in column:
-            continue
-        lengths = np.array([values[look] for values in norms.values()])
-        fall = falls[:, column[epoch]]
-        if np.ptp(lengths) > 0 and np.ptp(fall) > 0:
-            correlations.append(stats.spearmanr(lengths, fall).statistic)
-    return float(np.mean(correlations)) if correlations else None
+    norms, falls = norms_and_falls(record, share)
+    known = [rank_correlation(*look) for look in zip(norms.T, falls.T, strict=True)]
+    known = [value for value in known if not np.isnan(value)]
+    return float(np.mean(known)) if known else None
 
 
 def norms_tell(
