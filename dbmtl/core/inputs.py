@@ -337,7 +337,7 @@ class StepWatch:
     def note(self, shared: list[Tensor]):
         "Remember what is in `.grad`, and where its parameter stands."
         self._before = None
-        written = [p for p in shared if p.grad is not None and p.numel() > 1]
+        written = [p for p in shared if p.grad is not None and p.numel() > 2]
         if self.looks_left and written:
             self._before = widened(written[0].detach().flatten()[:1000]).clone()
             self._gradient = widened(written[0].grad.detach().flatten()[:1000]).clone()
@@ -350,9 +350,10 @@ class StepWatch:
             return
         now = widened(shared[self._at].detach().flatten()[:1000])
         moved = now - self._before
-        g = self._gradient
-        rate = (moved * g).sum() / (g * g).sum()
-        largest_gap = (moved - rate * g).abs().max()
+        # plain SGD moves along the gradient, and by weight decay along the parameter
+        decay = _without(self._before, self._gradient)
+        other_way = _without(_without(moved, self._gradient), decay)
+        largest_gap = other_way.abs().max()
         by_rounding = 8 * self._rounding * self._before.abs().max()
         allowed = 0.05 * moved.abs().max() + by_rounding
         has_moved = moved.abs().max() > 0
@@ -368,6 +369,13 @@ class StepWatch:
             "use torch.optim.SGD without momentum; its learning rate is the method's",
             stacklevel=5,
         )
+
+
+def _without(vector: Tensor, direction: Tensor) -> Tensor:
+    "A vector less its part along a direction; a direction of zero has none."
+    square = (direction * direction).sum()
+    along = (vector * direction).sum() / square.where(square > 0, 1.0)
+    return vector - along * direction
 
 # %% ../../nbs/01_core/12_inputs.ipynb #02c3acaf
 _P = ParamSpec("_P")

@@ -153,7 +153,8 @@ def work(rank, size, port, tasks, answers):
     for function, arguments, options in iter(tasks.get, None):
         try:
             torch.manual_seed(100 + rank)  # ranks draw other numbers
-            answers.put((rank, function(rank, size, *arguments, **options), None))
+            with warnings.catch_warnings():  # a filter set by one function ends with it
+                answers.put((rank, function(rank, size, *arguments, **options), None))
         except Exception as error:
             answers.put((rank, None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
     dist.destroy_process_group()
