@@ -47,7 +47,14 @@ from dbmtl.core.ranks import (
     wrappers,
 )
 from .task_gradients import at_least_float32
-from .transform import Memory, Transform, all_or_nothing, slopes
+from dbmtl.core.transform import (
+    Memory,
+    Transform,
+    all_or_nothing,
+    check_layout,
+    memory_layouts,
+    slopes,
+)
 
 # %% ../../nbs/01_core/16_balancer.ipynb #c194251f
 def shared_parameters(
@@ -238,6 +245,10 @@ class Balancer:
         self.nonfinite = torch.zeros(num_tasks, dtype=torch.long)  # steps without finite gradient
         self._names: tuple | None = None  # T task names, from the first step
         self._micro_batches: MicroBatches | None = None
+        self._layouts = {
+            "transform": memory_layouts(transform),
+            "aggregator": memory_layouts(aggregator),
+        }
         self._scale_watch = ScaleWatch()
         self._step_watch = StepWatch()
         self._kinds: list | None = None  # dtype and device of each shared parameter, last step
@@ -1007,8 +1018,11 @@ class Balancer:
         "Go on where another balancer of the same method and shared parameters stopped."
         self._check_state(state)
         # everything into copies first: what cannot be loaded must change nothing
-        copy.deepcopy(self.transform).load_state_dict(state["transform"])
-        copy.deepcopy(self.aggregator).load_state_dict(state["aggregator"])
+        try:
+            copy.deepcopy(self.transform).load_state_dict(state["transform"])
+            copy.deepcopy(self.aggregator).load_state_dict(state["aggregator"])
+        except (TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"the state cannot be loaded: {error}") from error
         averages = self._averages_on_device(state["ema"])
         nonfinite = state["nonfinite"].to(self.nonfinite.device, copy=True)
         missed = state.get("missed", torch.zeros(self.num_tasks, dtype=torch.long)).clone()
@@ -1038,7 +1052,7 @@ class Balancer:
         if missing:
             raise ValueError(f"the state of a balancer lacks {missing}")
         for key, value in self._identity().items():
-            if state[key] != value:
+            if repr(state[key]) != repr(value):
                 raise ValueError(f"state of another balancer: {key} is {state[key]}, here {value}")
         step = state["step"]
         if not (isinstance(step, int) or isinstance(step, Tensor) and step.ndim == 0) or step < 0:
@@ -1053,6 +1067,16 @@ class Balancer:
             raise ValueError("ema in the state must hold averages where, and only where, ema= does")
         for t, row in (state["ema"] or {}).items():
             self._check_averages(t, row)
+        for part, layouts in self._layouts.items():
+            self._check_memories(part, state[part], layouts)
+
+    def _check_memories(self, part: str, state: dict, layouts: dict):
+        "Raise ValueError unless the transform or the aggregator can remember this."
+        for key, layout in layouts.items():
+            extra = state.get(key)
+            if not isinstance(extra, dict) or extra.keys() != {"memory", "streams", "seed"}:
+                raise ValueError(f"{part} in the state lacks {key}, or a part of it")
+            check_layout(f"{part}: {key}", extra["memory"], layout, self.num_tasks)
 
     def _check_averages(self, t: int, row: dict):
         "Raise ValueError unless these can be task t's averages."

@@ -131,6 +131,7 @@ class MTAdam(GradientAggregator):
         self._proposed = None
 
     def set_extra_state(self, state: dict):
+        _check_adams(state["memory"])
         super().set_extra_state(state)
         self._leaves = {}
         self._proposed = None
@@ -212,6 +213,20 @@ class MTAdam(GradientAggregator):
 def _with_new(adams: dict, advanced: dict) -> dict:
     "The Adams {task: {key: its Adam}}, with those of this step in place of the old ones."
     return adams | {t: adams.get(t, {}) | of_task for t, of_task in advanced.items()}
+
+
+def _check_adams(
+    memory: dict,  # of MTAdam, from a state
+):
+    "Raise ValueError unless its averages have the shapes of one tensor each."
+    of_all = [(None, adams) for row in memory["shared"].values() for adams in row.values()]
+    for row in memory["heads"].values():
+        of_all += [(memory["shapes"][i], adams) for i, adams in row.items()]
+    for shape, adam in of_all:
+        expected = list(adam["m"].shape) if shape is None else shape
+        shapes = [list(adam[name].shape) for name in ("m", "v", "n")]
+        if shapes != [expected, expected, []] or not isinstance(adam["k"], int):
+            raise ValueError(f"the state of MTAdam has averages of shapes {shapes}")
 
 # %% ../../nbs/03_gradient_balancing/10_mtadam.ipynb #dc89c01a
 MTAdam.facts = Facts(

@@ -314,7 +314,7 @@ def test_a_state_that_cannot_be_loaded_changes_nothing(method):
     state = first.state_dict()
     state["aggregator"] = {}
     before = str(second.state_dict())
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="aggregator in the state"):
         second.load_state_dict(state)
     assert str(second.state_dict()) == before and second.step == 0
 

@@ -128,3 +128,39 @@ def test_a_loaded_state_is_a_copy():
     assert same(state, before)
     state["ema"][0][0].fill_(7)
     assert same(source.state_dict(), before)
+
+
+def entries(nested, path=()):
+    """The paths of everything in a nested state that is no container."""
+    if isinstance(nested, (dict, list, tuple)):
+        items = nested.items() if isinstance(nested, dict) else enumerate(nested)
+        for key, value in items:
+            yield from entries(value, (*path, key))
+    else:
+        yield path, nested
+
+
+def put(nested, path, value):
+    """Replace an entry; False where a tuple holds it."""
+    for key in path[:-1]:
+        nested = nested[key]
+    if isinstance(nested, tuple):
+        return False
+    nested[path[-1]] = value
+    return True
+
+
+@every_base
+@pytest.mark.parametrize("wrong", [torch.zeros(7, 7), "x"], ids=["shape", "type"])
+def test_no_entry_of_another_shape_or_type_is_accepted(name, wrong):
+    """Of what a method remembers too: a random stream, a mean, the moments of an agent."""
+    _, source = used(name)
+    _, balancer = used(name, range(5, 7))
+    before = copy.deepcopy(balancer.state_dict())
+    for path, value in entries(source.state_dict()):
+        state = source.state_dict()
+        if value is None or type(value) is type(wrong) is str or not put(state, path, wrong):
+            continue
+        with pytest.raises(ValueError):
+            balancer.load_state_dict(state)
+        assert same(balancer.state_dict(), before), path
