@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gramian import gramian, norms, tensor_gramians, tensor_norms
+from .gramian import gramian, norms, tensor_gramians, tensor_norms, to_cpu
 from .transform import Memory
 
 # %% ../../nbs/01_core/09_aggregator.ipynb #d84649d3
@@ -63,11 +63,19 @@ class Aggregator(Memory):
     num_batches = 1  # batches of losses that a step takes
     at_features = False  # can it balance gradients of features in place of parameters?
     judges_infinity = False  # is its answer right for gradients that are not finite, too?
+    solves_on_host = False  # does `forward` get what was measured, and the losses, on the CPU?
     weights_heads = False  # do the weights multiply the heads' gradients too?
     moves_alone = False  # does it write finished updates, for plain SGD? See `of_heads`
     max_norm: float | None = None  # a longer direction is shortened to this
     can_skip_tasks = False  # has a step a meaning in which some tasks have no gradient?
     tasks: list[int] | None = None  # those of the rows in this step; None: all
+    unchecked: tuple = ()  # pairs (numbers, check) of this step, for the next transfer to the CPU
+
+    @property
+    def reads_host(self) -> bool:
+        "Does a step on an accelerator wait for its numbers? Then others can go with them."
+        must_look = self.needs_gradients and not self.judges_infinity
+        return self.solves_on_host or must_look
 
     def measure(self, gradients: StepGradients):
         "What `forward` gets as its first argument."
@@ -124,12 +132,27 @@ class Aggregator(Memory):
         if lengths is None and measured is not None:
             lengths = self.lengths_of(measured)
         must_look = self.needs_gradients and not self.judges_infinity
-        if must_look and not bool(finite.all()):
+        is_finite = finite
+        losses_there = losses
+        if must_look and self.solves_on_host:
+            measured, is_finite, losses_there = self.to_cpu(measured, finite, losses)
+        elif must_look:
+            (is_finite,) = self.to_cpu(finite)
+        if must_look and not bool(is_finite.all()):
             return self._not_a_number(losses)._replace(finite=finite, lengths=lengths)
-        scales = self.scale_gradients(measured, losses)
-        answer = self(measured, losses, *self.more_arguments(gradients))
+        scales = self.scale_gradients(measured, losses_there)
+        answer = self(measured, losses_there, *self.more_arguments(gradients))
         choice = self._in_one_form(answer, losses)
         return choice._replace(scales=scales, finite=finite, lengths=lengths)
+
+    def to_cpu(self, *tensors: Tensor) -> list[Tensor]:
+        "The tensors on the CPU, in one transfer with what is to be checked."
+        unchecked = self.unchecked
+        self.unchecked = ()
+        moved = to_cpu([*tensors, *(numbers for numbers, _ in unchecked)])
+        for (_, check), numbers in zip(unchecked, moved[len(tensors) :], strict=True):
+            check(numbers)
+        return moved[: len(tensors)]
 
     def _finite_tasks(self, measured, gradients: StepGradients) -> Tensor | None:  # [T] bool
         "Which tasks' gradients are finite, without measuring twice; None where nobody looked."
@@ -179,9 +202,10 @@ class NormAggregator(Aggregator):
 
 # %% ../../nbs/01_core/09_aggregator.ipynb #39fa9609
 class GramianAggregator(Aggregator):
-    "Weights from the Gramian: `forward(M [T, T] float64, losses [T])` -> [T]."
+    "Weights from the Gramian: `forward(M [T, T] float64, losses [T])` -> [T], all on the CPU."
 
     at_features = True
+    solves_on_host = True
 
     def measure(self, gradients: StepGradients) -> Tensor:  # [T, T]
         return gradients.summed(gramian(gradients.rows))
@@ -197,6 +221,7 @@ class CrossGramianAggregator(Aggregator):
     "Weights from two batches for a third: `forward(C [T, T] float64, losses [T])` -> [T]."
 
     num_batches = 3
+    solves_on_host = True
 
     def measure(self, gradients: StepGradients) -> Tensor:  # [T, T]
         return gramian(*gradients.earlier)
@@ -223,6 +248,8 @@ class TensorNormAggregator(Aggregator):
 # %% ../../nbs/01_core/09_aggregator.ipynb #2f53d9fa
 class TensorGramianAggregator(Aggregator):
     "From a Gramian for each tensor: `forward(M [P, T, T] float64, losses, positions)` -> [T, P]."
+
+    solves_on_host = True
 
     def measure(self, gradients: StepGradients) -> Tensor:  # [P, T, T]
         return gradients.summed(tensor_gramians(gradients.rows))

@@ -232,6 +232,9 @@ class Balancer:
         self.aggregator = aggregator
         self.ema = ema
         self.shared = shared_parameters(shared)
+        if not self.shared[0].is_meta:  # learned scales, before an optimizer gets to know them
+            transform.to(self.shared[0].device)
+            aggregator.to(self.shared[0].device)
         labels = {} if model is None else {p: name for name, p in model.named_parameters()}
         self.partition = Partition(self.shared, num_tasks, labels)
         self.step: int | Tensor = 0  # finished steps
@@ -322,6 +325,7 @@ class Balancer:
         else:
             parts = self._read_batches(given, size, skip, features)
         is_whole = self.ranks.size == 1
+        self.aggregator.unchecked = ()  # of a step that failed
         for part in parts:
             if is_whole:
                 self._check_present(part.batch, part.excused)
@@ -445,8 +449,14 @@ class Balancer:
 
     def _check_values(self, values: Tensor, names: tuple, joined: bool = True):
         "Look at the losses now, or raise a flag on their device; a part need only be finite."
-        if self.check == "now":
-            check_losses(values, names, self.transform if joined else Transform())
+        transform = self.transform if joined else Transform()
+        look = functools.partial(check_losses, names=names, transform=transform)
+        is_elsewhere = values.device.type not in ("cpu", "meta") and self.ranks.size == 1
+        if self.check == "now" and is_elsewhere and self.aggregator.reads_host:
+            self.aggregator.unchecked += ((values, look),)  # rides in the transfer of the step
+        elif self.check == "now":
+            look(values)
+        self.transform.losses_are_checked = self.check == "now"
         if self.check == "later" and joined:
             if self._bad_losses is None:
                 self._bad_losses = torch.zeros_like(values, dtype=torch.bool)
@@ -775,7 +785,9 @@ class Balancer:
         if self.ema:
             self.ema.keep(step.averages)
         self._micro_batches = None
-        if scales and self.step == 0:
+        self.transform.losses_are_checked = False
+        is_first = isinstance(self.step, int) and self.step == 0
+        if scales and is_first:
             self._scale_watch.look(scales, self.shared)
         finite = step.choice.finite
         if finite is not None and batch.tasks is None:

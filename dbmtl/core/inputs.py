@@ -247,7 +247,7 @@ def check_losses(
     name = names[first_bad]
     value = values[first_bad]
     kind = ValueError if value.isfinite() else FloatingPointError
-    raise kind(f"the loss of task {name!r} is {value:g}; it must be {transform.domain}")
+    raise kind(f"the loss of task {name!r} is {value.item():g}; it must be {transform.domain}")
 
 # %% ../../nbs/01_core/12_inputs.ipynb #66d78280
 def check_graph(

@@ -160,6 +160,7 @@ class Transform(Memory):
     domain = "finite"  # what `valid` asks of a loss, in words, for the error message
     looks_again = False  # must `after_step` get the new losses of the batch after each step?
     can_skip_tasks = False  # has a step a meaning in which some tasks have no loss? `of_present`
+    losses_are_checked = False  # are those that `advance` gets known to be valid?
 
     def forward(self, losses: Tensor) -> Tensor:  # [T] -> [T] or scalar
         raise NotImplementedError(f"{type(self).__name__} does not define forward(losses)")

@@ -73,6 +73,10 @@ class GradNorm(NormAggregator):
         self.p = nn.Parameter(torch.zeros(num_tasks))
         self.epochs = EpochMeans(num_tasks, window, longest)
 
+    @property
+    def reads_host(self) -> bool:  # until the initial losses are known
+        return "initial" not in self.memory
+
     def scale_gradients(self, norms: Tensor, losses: Tensor) -> list[Tensor]:
         initial = self.memory.get("initial")
         if initial is None and self.initial == "first":
@@ -99,10 +103,11 @@ class GradNorm(NormAggregator):
 
     def _learn(self, losses: Tensor, norms: Tensor):
         "Take the initial losses or add to their mean, unless a gradient is not finite."
-        _check_not_negative(losses)
+        is_finite, losses_there = self.to_cpu(norms.isfinite().all(), losses)
+        _check_not_negative(losses_there)
         if self.initial == "epoch":
             self.epochs.check("GradNorm")
-        if not norms.isfinite().all():
+        if not is_finite:
             return
         if self.initial == "first":
             self._remember(losses)

@@ -72,6 +72,9 @@ def tensors_in_memory(
 class MoCo(GradientAggregator):
     "Weights and direction from tracked gradients, MoCo (Fernando et al., ICLR 2023)."
 
+    judges_infinity = True
+    reads_host = True
+
     def __init__(
         self,
         b: float = 0.5,  # weight of the NEW gradient at step 1, in (0, 1]
@@ -105,9 +108,8 @@ class MoCo(GradientAggregator):
         b_k = self.b / k**self.b_decay
         c_k = self.c / k**self.c_decay
         Y = tensors_in_memory(self.memory.get("Y", {}), rows, positions)
-        equal = torch.full_like(losses, 1 / len(rows), dtype=torch.float64)
-        lam = self.memory.get("lambda", equal)
-        scales = self._scales(rows, losses)
+        lengths = norms(rows)
+        scales = self._scales(lengths, losses)
         gradients_at = dict(zip(positions, zip(*rows, strict=True), strict=True))
         C = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=losses.device)
         for i, y in Y.items():
@@ -117,21 +119,29 @@ class MoCo(GradientAggregator):
             else:
                 Y[i].mul_(1 - b_k)
             C = C + gramian([[y_t] for y_t in Y[i]])
+        C, losses_there, is_finite = self.to_cpu(C, losses, lengths.isfinite().all())
+        if not is_finite:
+            return torch.full_like(losses, torch.nan)
+        self._check_signs(losses_there)
+        equal = torch.full_like(C[0], 1 / len(rows))
+        lam = self.memory.get("lambda", equal).to(C)
         lam = move_lambda(lam, C, c_k, self.rho, self.projection)
         self.memory = {"k": k, "Y": Y, "lambda": lam}
         return [torch.tensordot(lam.to(Y[i]), Y[i], 1) for i in positions]
 
-    def _scales(self, rows: list[list[Tensor]], losses: Tensor) -> Tensor:  # [T]
+    def _scales(self, lengths: Tensor, losses: Tensor) -> Tensor:  # [T]
         "The factors that give each gradient the length of its loss."
         if not self.normalize:
             return torch.ones_like(losses)
-        if (losses < 0).any():
+        return torch.where(lengths > 0, losses / (lengths + self.eps), 0)
+
+    def _check_signs(self, losses: Tensor):
+        "Raise ValueError where a loss cannot be a length."
+        if self.normalize and (losses < 0).any():
             raise ValueError(
                 "with normalize=True a gradient gets the length of its loss, "
                 f"which must not be negative; the losses are {losses.tolist()}"
             )
-        lengths = norms(rows)
-        return torch.where(lengths > 0, losses / (lengths + self.eps), 0)
 
     def extra_repr(self) -> str:
         schedules = f"b={self.b}, b_decay={self.b_decay}, c={self.c}, c_decay={self.c_decay}"

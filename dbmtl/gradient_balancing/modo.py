@@ -36,7 +36,8 @@ class MoDo(CrossGramianAggregator):
     def forward(self, C: Tensor, losses: Tensor) -> Tensor:
         C = C.double()
         equal = torch.full_like(C[0], 1 / len(C))
-        lam = move_lambda(self.memory.get("lambda", equal), C, self.gamma, self.rho)
+        old = self.memory.get("lambda", equal).to(C)
+        lam = move_lambda(old, C, self.gamma, self.rho)
         self.memory = {"lambda": lam}
         return lam.to(losses)
 

@@ -71,7 +71,8 @@ class _Proposal(NamedTuple):
     "A step that is computed and not made."
 
     direction: dict  # {key: d}
-    adams: dict | None  # {task: {key: its Adam}} after the step; None: a gradient is not finite
+    adams: dict  # {task: {key: its Adam}} after the step
+    is_finite: Tensor  # bool, are all gradients?
 
 
 def _number_leaves(
@@ -113,6 +114,8 @@ class MTAdam(GradientAggregator):
 
     moves_alone = True
     can_skip_tasks = True
+    judges_infinity = True
+    reads_host = True
 
     def __init__(
         self,
@@ -152,12 +155,15 @@ class MTAdam(GradientAggregator):
 
     def of_heads(self, heads: list[dict]) -> dict:
         heads = self._of_all_tasks(heads)
-        of_shared = self._proposed or _Proposal({}, {})
+        of_shared = self._proposed or self._step({}, [])
         self._proposed = None
         leaves, shapes = _number_leaves(self.memory, self._leaves, heads)
         head_gradients = [{leaves[leaf]: g for leaf, g in head.items()} for head in heads]
         of_heads = self._step(self.memory["heads"], head_gradients)
-        if of_shared.adams is None or of_heads.adams is None:
+        finite = [of_shared.is_finite, of_heads.is_finite]
+        device = next((p.device for p in of_shared.direction.values()), finite[0].device)
+        (is_finite,) = self.to_cpu(torch.stack([flag.to(device) for flag in finite]))
+        if not is_finite.all():
             for direction in of_shared.direction.values():
                 direction.fill_(torch.nan)
             every_gradient = {leaf: g for head in heads for leaf, g in head.items()}
@@ -175,9 +181,6 @@ class MTAdam(GradientAggregator):
         "The directions, and the Adams {task: {key: its Adam}} after the step; nothing is stored."
         some = {key: g for row in gradients for key, g in row.items()}  # one gradient for each key
         norms = _running_norms(adams, gradients, self.betas[2])
-        if not norms.isfinite().all():
-            nan = {key: torch.full_like(g, torch.nan) for key, g in some.items()}
-            return _Proposal(nan, None)
         numerators = {}
         denominators = {}
         for key, g in some.items():
@@ -204,7 +207,7 @@ class MTAdam(GradientAggregator):
         directions = {}
         for key, g in some.items():
             directions[key] = (numerators[key] / (denominators[key] + self.eps)).to(g.dtype)
-        return _Proposal(directions, advanced)
+        return _Proposal(directions, advanced, norms.isfinite().all())
 
     def extra_repr(self) -> str:
         return f"betas={self.betas}, eps={self.eps}"

@@ -71,7 +71,7 @@ class SDMGrad(CrossGramianAggregator):
     def forward(self, C: Tensor, losses: Tensor) -> Tensor:
         C = C.double()
         equal = torch.full_like(C[0], 1 / len(C))
-        start = self.memory.get("w", equal)
+        start = self.memory.get("w", equal).to(C)
         scaled = unit_scale(C, self.eps) if self.normalize else C
         w = descend_on_simplex(scaled, start, self.pull, self.lr, self.momentum, self.steps)
         self.memory = {"w": w}
