@@ -13,7 +13,6 @@ from dbmtl.experiments.intervals import (
     Interval,
     delta_p_interval,
     interval,
-    paired_difference,
 )
 from dbmtl.experiments.metrics import (
     delta_p,
@@ -58,16 +57,6 @@ def test_interval_refuses_one_value_and_nan():
         interval([1.0])
     with pytest.raises(ValueError, match="must be finite"):
         interval([1.0, math.nan])
-
-
-def test_paired_difference_pairs_by_seed_not_by_position():
-    ours, theirs = {0: 1.0, 1: 5.0, 2: 9.0}, {2: 8.0, 0: 0.5, 1: 4.3}
-    assert paired_difference(ours, theirs) == pytest.approx(interval([0.5, 0.7, 1.0]))
-    assert paired_difference(theirs, ours).mean == pytest.approx(
-        -paired_difference(ours, theirs).mean
-    )
-    with pytest.raises(ValueError, match=r"\[2, 3\] are in one of them only"):
-        paired_difference(ours, {0: 0.5, 1: 4.3, 3: 1.0})
 
 
 @settings(deadline=None, max_examples=40)

@@ -1,11 +1,18 @@
 """Pages of made-up records of real benchmarks."""
 
-from dbmtl.benchmarks.base import get_benchmark
-from dbmtl.experiments.method_labels import parse_method
-from dbmtl.experiments.records import configuration
 from dbmtl.report.results_page import open_page
+from dbmtl.report.runs import invented_run
 
 FLOOR = "at its floor"  # in the place of a gain: see `at_floor` of `record`
+
+
+def put_at_floor(run, tasks):
+    """The run with these tasks where a constant prediction is."""
+    floors = {task: run["floors"]["test"][task] for task in tasks}
+    selected = {
+        rule: {"test": selection["test"] | floors} for rule, selection in run["selected"].items()
+    }
+    return run | {"selected": selected}
 
 
 def record(benchmark, label, seed, gain, scale="cpu", at_floor=()):
@@ -13,39 +20,22 @@ def record(benchmark, label, seed, gain, scale="cpu", at_floor=()):
 
     A gain of `FLOOR` leaves the tasks `at_floor` at their floor, and the others where STL is.
     """
-    method, hyper = parse_method(label)
-    directions = get_benchmark(benchmark).directions
-    poor = at_floor if gain == FLOOR else ()
-    better = 0.0 if gain == FLOOR else gain / 10
-    signs = {
-        task: {metric: 1 if way == "up" else -1 for metric, way in ways.items()}
-        for task, ways in directions.items()
-    }
-    floors = {t: {m: 10 - 5 * sign for m, sign in ms.items()} for t, ms in signs.items()}
-    test = {
-        t: floors[t] if t in poor else {m: 10 + sign * better for m, sign in ms.items()}
-        for t, ms in signs.items()
-    }
-    tasks = list(directions)
+    is_at_floor = gain == FLOOR
+    run = invented_run(benchmark, label, seed, 0.0 if is_at_floor else gain, scale)
+    if is_at_floor:
+        run = put_at_floor(run, at_floor)
+    tasks = list(run["directions"])
     look = {"steps": [0, 26]} | {
         kind: {task: [1.0 + place, 2.0 + place] for place, task in enumerate(tasks)}
         for kind in ("losses", "norms", "slopes", "weights")
     }
-    return {
-        "config": configuration(benchmark, method, seed, scale, hyper),
-        "state": "finished",
+    return run | {
         "step": 52,
         "steps": 52,
         "data": {"hash": "x", "note": "made up"},
         "device": "cpu: test",
-        "directions": directions,
-        "floors": {"test": floors},
         "notes": [],
         "monitors": look,
-        "selected": {
-            "best validation epoch": {"test": test},
-            "average of the last ten epochs": {"test": test},
-        },
         "curves": {"epochs": [1, 2], "train": {task: [2.0, 1.0 + seed] for task in tasks}},
     }
 

@@ -31,14 +31,7 @@ from dbmtl.report.claims_computed import (
     nash_errors,
     norm_ratios,
 )
-from dbmtl.report.claims_in_training import (
-    last_fifth,
-    late_norm,
-    positive_share,
-    rise,
-    roughness,
-    still_to_come,
-)
+from dbmtl.report.claims_in_training import cosine_measure, still_to_come
 from dbmtl.report.claims_page import (
     forest_figure,
     forest_pages,
@@ -61,6 +54,7 @@ from dbmtl.report.ledger import (
     said,
     seeds_to_decide,
 )
+from dbmtl.report.monitored import late_norm, log_mean, of_curve, per_descent, roughness
 from dbmtl.report.paper import paper_claims
 from dbmtl.report.style import palette_png, use_style
 
@@ -552,20 +546,39 @@ def test_claims_shared_profiles_of_noise_are_rarely_a_sign():
     assert 0.01 < np.mean(np.array(signs) != 0) < 0.12 and np.mean(signs) < 0.1
 
 
+def watched_run(losses, norms=(), cosines=()):
+    """A run of tasks "0", "1", ... with these curves; a look a step, an epoch a loss."""
+    count = len(losses[0])
+    looks = {"steps": list(range(len((norms or cosines or [[]])[0])))}
+    looks["norms"] = {str(task): list(curve) for task, curve in enumerate(norms)}
+    looks["cosines"] = {f"{pair}|x": list(curve) for pair, curve in enumerate(cosines)}
+    train = {str(task): list(curve) for task, curve in enumerate(losses)}
+    return {
+        "state": "finished",
+        "steps": len(looks["steps"]),
+        "curves": {"epochs": list(range(1, count + 1)), "train": train},
+        "monitors": looks,
+    }
+
+
 def test_claims_roughness_and_rise_by_hand():
     steady = 5 * 0.8 ** np.arange(9)
     zigzag = np.exp([0, 0.3, 0, 0.3, 0])
-    assert roughness([zigzag, zigzag]) == pytest.approx(math.log(0.6))
-    bumpy = steady * np.array([1.0, 1.2, 1, 1, 1, 1, 1, 1, 1])
-    assert roughness([bumpy], per_descent=True) == pytest.approx(
-        roughness([bumpy]) - math.log(-math.log(0.8))
+    rough = log_mean(of_curve(roughness), ["0", "1"])
+    assert rough(watched_run([zigzag, zigzag])) == pytest.approx(math.log(0.6))
+    bumpy = watched_run([steady * np.array([1.0, 1.2, 1, 1, 1, 1, 1, 1, 1])] * 2)
+    assert log_mean(of_curve(per_descent), ["0", "1"])(bumpy) == pytest.approx(
+        rough(bumpy) - math.log(-math.log(0.8))
     )
     line = np.linspace(-0.01, 0.01, 11)
-    assert rise([line, line]) == pytest.approx(0.02)
-    assert last_fifth([line]) == pytest.approx(0.009)
-    assert rise([line**2]) == pytest.approx(0, abs=1e-12)
-    assert positive_share([line]) == pytest.approx(5 / 11 - 0.5)
-    assert late_norm([np.array([9.0, 9, 1, 3])]) == pytest.approx(math.log(2))
+    twice = watched_run([steady], cosines=[line, line])
+    assert cosine_measure("rise")(twice) == pytest.approx(0.02)
+    assert cosine_measure("last fifth")(twice) == pytest.approx(0.009)
+    bent = watched_run([steady], cosines=[line**2])
+    assert cosine_measure("rise")(bent) == pytest.approx(0, abs=1e-12)
+    assert cosine_measure("share positive")(twice) == pytest.approx(5 / 11)
+    late = log_mean(late_norm, ["0"])
+    assert late(watched_run([steady], norms=[[9.0, 9, 1, 3]])) == pytest.approx(math.log(2))
 
 
 @pytest.mark.parametrize("share", [False, True])

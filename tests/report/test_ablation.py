@@ -1,15 +1,13 @@
-"""The ablation: printed combinations, common tasks, Holm's correction, pages without runs."""
-
-import math
+"""The ablation: common tasks, Holm's correction, pages without runs."""
 
 import matplotlib.pyplot as plt
 import pytest
+from helpers.made_up import put_at_floor
 
 from dbmtl.benchmarks.base import get_benchmark
-from dbmtl.experiments.records import configuration
 from dbmtl.report import ablation
-from dbmtl.report.paper import Printed
 from dbmtl.report.results_page import open_page
+from dbmtl.report.runs import invented_run
 
 NOTEBOOK = "15_paper/05_table5_ablation"
 PERCENTS = {"STL": 0, "EW": -3, "loss-only": 1, "gradient-only": 2, "DB-MTL": 6}
@@ -23,40 +21,14 @@ def out(monkeypatch, tmp_path):
 
 
 def faked(method, seed, at_floor=()):
-    toy = get_benchmark("toy")
-    test = {}
-    floors = {}
-    for task, ways in toy.directions.items():
-        signs = {metric: 1 if way == "up" else -1 for metric, way in ways.items()}
-        percent = PERCENTS[method] + 0.1 * seed * (method == "DB-MTL")
-        test[task] = {metric: 10 + sign * percent / 10 for metric, sign in signs.items()}
-        floors[task] = {metric: 10 - 5 * sign for metric, sign in signs.items()}
-        if task in at_floor:
-            test[task] = floors[task]
-    rules = ("best validation epoch", "average of the last ten epochs")
-    return {
-        "config": configuration("toy", method, seed, "cpu"),
-        "state": "finished",
-        "steps": 10,
-        "directions": toy.directions,
-        "selected": {rule: {"test": test} for rule in rules},
-        "floors": {"test": floors},
-    }
+    percent = PERCENTS[method] + 0.1 * seed * (method == "DB-MTL")
+    return put_at_floor(invented_run("toy", method, seed, percent), at_floor)
 
 
 def page_of(*methods, at_floor=None):
     at_floor = at_floor or {}
     records = [faked(m, seed, at_floor.get(m, ())) for m in methods for seed in range(3)]
     return open_page(NOTEBOOK, "toy", records, only_made=True)
-
-
-def test_ablation_printed_deviations_add_in_squares():
-    printed = {m: Printed(x, 0.05, 3.0) for m, x in PERCENTS.items()}
-    interaction = ablation.printed_combination(printed, ablation.DIFFERENCES["interaction"])
-    assert interaction.mean == 6 - 1 - 2 - 3
-    assert interaction.half_width == pytest.approx(4.303 * math.sqrt(4 * 9 / 3))
-    printed["EW"] = Printed(-3.0, 0.05, None)
-    assert ablation.printed_combination(printed, {"EW": -1, "DB-MTL": 1}).half_width == 0
 
 
 def test_ablation_tells_apart_what_differs_and_nothing_else():

@@ -1,8 +1,11 @@
 """The printed numbers: their shape, and every printed delta_p of Tables 1-4 and 6 recomputed."""
 
+import math
+
 import pytest
 
 from dbmtl.experiments.metrics import delta_m, delta_p, delta_p_per_task
+from dbmtl.report.ablation import DIFFERENCES
 from dbmtl.report.paper import (
     TABLES,
     Printed,
@@ -18,6 +21,7 @@ from dbmtl.report.paper import (
     paper_summary,
     paper_table,
     paper_task_gains,
+    printed_interval,
     recompute_delta_p,
 )
 from dbmtl.report.style import ALIASES, COLORS
@@ -240,3 +244,21 @@ def test_paper_names_what_is_unknown(call, message):
     with pytest.raises(ValueError) as error:
         call()
     assert message in str(error.value)
+
+
+def test_printed_interval_of_one_value():
+    alone = printed_interval({"EW": Printed(1.0, 0.005, 0.3)}, {"EW": 1})
+    assert alone.half_width == pytest.approx(4.302653 * 0.3 / math.sqrt(3), rel=1e-6)
+    assert (alone.mean, alone.count) == (1.0, 3)
+    assert printed_interval({"EW": Printed(1.0, 0.005, None)}, {"EW": 1}).half_width == 0
+
+
+def test_printed_deviations_add_in_squares():
+    levels = {"EW": -3.0, "loss-only": 1.0, "gradient-only": 2.0, "DB-MTL": 6.0}
+    printed = {method: Printed(level, 0.05, 3.0) for method, level in levels.items()}
+    interaction = printed_interval(printed, DIFFERENCES["interaction"])
+    assert interaction.mean == 6 - 1 - 2 - 3
+    assert interaction.half_width == pytest.approx(4.302653 * math.sqrt(4 * 9 / 3), rel=1e-6)
+    printed["EW"] = Printed(-3.0, 0.05, None)
+    assert printed_interval(printed, {"EW": -1, "DB-MTL": 1}).half_width == 0
+    assert printed_interval(printed, {"EW": -1, "MGDA": 1}) is None

@@ -20,7 +20,6 @@ from dbmtl.report.plots import (
     factor_axis,
     legend_panel,
     panel_grid,
-    panel_note,
     shared_legend,
     tidy_log,
 )
@@ -182,9 +181,7 @@ def test_curves_are_the_mean_with_the_range_of_seeds(ax):
     assert draw_curves(plt.subplots()[1], frame, "b", ["EW"]).lines[:] == []
 
 
-def test_notes_grids_and_legends(ax):
-    assert panel_note(ax, "not run", 0.1, 0.2, va="baseline") is ax
-    assert ax.texts[-1].get_transform() == ax.transAxes and ax.texts[-1].get_va() == "baseline"
+def test_grids_and_legends(ax):
     fig = plt.figure()
     axes = panel_grid(fig, ["a", "b", "c"], columns=2)
     assert list(axes) == ["a", "b", "c", 0] and not axes[0].axison

@@ -11,7 +11,7 @@ from dbmtl.experiments.intervals import Interval
 from dbmtl.experiments.records import configuration, run_identity, write_record
 from dbmtl.registry import method_names
 from dbmtl.report import results_page
-from dbmtl.report.paper import Printed, paper_summary, paper_table
+from dbmtl.report.paper import paper_summary, paper_table
 from dbmtl.report.results_page import (
     NOT_IN_THE_PAPER,
     ask,
@@ -22,7 +22,6 @@ from dbmtl.report.results_page import (
     log_ratio,
     metric_columns,
     open_page,
-    printed_interval,
     result_rows,
     save_smoke_pictures,
     show_difference,
@@ -453,10 +452,7 @@ def test_pages_gain_rows_are_what_is_drawn():
     assert paper["depth"] == pytest.approx(sum(logs) / 2)
 
 
-def test_printed_intervals_and_log_ratios():
-    interval = printed_interval(Printed(1.0, 0.005, 0.3))
-    assert interval.half_width == pytest.approx(4.303 * 0.3 / math.sqrt(3)) and interval.count == 3
-    assert printed_interval(Printed(1.0, 0.005, None)).half_width == 0
+def test_log_ratios():
     ratio = log_ratio({"x": 2.0, "y": 3.0}, {"x": 1.0, "y": 6.0}, {"x": "up", "y": "down"})
     assert ratio == pytest.approx(math.log(2))
 

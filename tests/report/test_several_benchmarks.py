@@ -13,7 +13,6 @@ from dbmtl.report.several_benchmarks import (
     about_all,
     artifacts_of,
     ask_all,
-    beside_delta_p,
     difference_figure,
     difference_rows,
 )
@@ -65,14 +64,6 @@ def test_several_captions_name_every_benchmark(pages):
     about = about_all(pages, TITLES)
     assert about.startswith("Office-31: office31 at cpu scale") and "Ours" not in about
     assert about.endswith("NYUv2: nyuv2 was not run.")
-
-
-def test_several_columns_beside_delta_p(pages):
-    cells = beside_delta_p(pages["office31"], "loss-only", places=1)
-    assert cells["gain by task"] == "amazon 4.2, dslr 4.2, webcam 4.2"
-    assert cells["metric average"].mean == pytest.approx(-12.5 / 3)
-    assert cells["mean rank"] == 1 and cells["worst task"] == "amazon (4.2 %)"
-    assert beside_delta_p(pages["nyuv2"], "IMTL-L")["gain by task"] is None
 
 
 def test_several_one_difference_in_numbers(pages):
