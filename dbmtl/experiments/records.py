@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['project_root', 'runs_folder', 'figures_folder', 'configuration', 'run_identity', 'round_numbers', 'encode_record',
            'thin', 'check_structure', 'record_path', 'write_record', 'DamagedRecord', 'read_record', 'scan_records',
-           'read_records', 'find_record', 'commit', 'environment', 'selected', 'has_validation', 'protocol_note',
-           'above_floor']
+           'read_records', 'find_record', 'commit', 'environment', 'selected', 'protocol_note', 'above_floor']
 
 # %% ../../nbs/10_experiments/04_records.ipynb #995eb67f
 import hashlib
@@ -514,11 +513,6 @@ def selected(
 
 
 _ON_TEST = "best test epoch"  # the label of a choice that nobody makes any more
-
-
-def has_validation(record: dict) -> bool:
-    "Was there a validation part to choose an epoch on? True also of a run that did not finish."
-    return _ON_TEST not in (record.get("selected") or {})
 
 # %% ../../nbs/10_experiments/04_records.ipynb #265d3cd4
 def protocol_note(record: dict) -> str:  # "" for a record of today's protocol

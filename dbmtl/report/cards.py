@@ -65,7 +65,9 @@ def title_of(card: dict) -> str:
         if len(title) + len(clause) > 90:
             break
         title += f" {clause}"
-    return title.rstrip(":;")
+    is_name = len(title.split()) < 3  # "NYUv2:"
+    phrase = first.split(", ")[0]
+    return phrase if is_name and len(phrase) <= 90 else title.rstrip(":;")
 
 # %% ../../nbs/11_report/27_cards.ipynb #a4b9e49a
 NAMES = {

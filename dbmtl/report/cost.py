@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'PLAIN', 'measure_costs', 'as_record', 'read_costs', 'costs_in_words', 'printed_costs', 'step_times',
            'more_than', 'alike', 'methods_of', 'cost_frame', 'cost_figure', 'cost_rows', 'cost_claim', 'place_among',
-           'log_rows', 'cost_parts']
+           'log_rows', 'cost_parts', 'cost_captions', 'cost_in_words']
 
 # %% ../../nbs/11_report/14_cost.ipynb #fabaf277
 import json
@@ -27,6 +27,7 @@ from .comparison import estimate, judged
 from .paper import paper_figure
 from .plots import dots, dots_legend, factor_axis
 from .style import PAGE, printed_name
+from .tables import number
 
 # %% ../../nbs/11_report/14_cost.ipynb #4799a467
 PARTS = StepCost._fields[:4]  # of a step
@@ -354,3 +355,50 @@ def cost_parts(
         plain = more_than(step_times(record), "EW", [PLAIN])
         parts[f"ours: EW above {PLAIN}, %"] = plain
     return parts
+
+# %% ../../nbs/11_report/14_cost.ipynb #144e29f1
+def cost_captions(
+    record: dict,
+) -> dict:  # {what is shown: caption}
+    "The captions of the figure, the numbers and the two claims."
+    about = costs_in_words(record)
+    numbers = (
+        "Passes are backward passes through the trunk. Forward, backward, balancing and optimizer "
+        "in ms (medians over rounds), ± is the half width of Student's 95 % interval of the ratio "
+        "over rounds of one run. Learned: numbers that the method adds to the optimizer. "
+        f"Floats kept: what a checkpoint of the balancer holds. {about}"
+    )
+    if "IGBv2 learns, ms a step" in record:
+        more = 100 * record["IGBv2 learns, ms a step"] / median(step_times(record)["EW"])
+        numbers += (
+            " What IGBv2's agent learns once in 50 steps is in no median: "
+            f"{more:.1f} % of a step with equal weights more, on average."
+        )
+    return {
+        "figure": (
+            "What a training step costs, in multiples of a step with equal weights, on logarithmic "
+            "axes; dots are means over rounds, small dots rounds, lines Student's 95 % interval. "
+            "Left: the whole step, and the paper's seconds per epoch on NYUv2 (read off) over "
+            "those of equal weighting. Right: the balancing part alone. Networks and devices "
+            f"differ: compare the order, not the sizes. {about}"
+        ),
+        "numbers": numbers,
+        "C18": f"Claim C18 on generated rooms, intervals over rounds. {about}",
+        "C08": (
+            "Claim C08: numbers that the log transform and two learned scales add and keep, and "
+            "the time of their balancing part with Student's 95 % interval over rounds. "
+            f"{about}"
+        ),
+    }
+
+
+def cost_in_words(
+    rows: list[dict],  # from `cost_claim`
+) -> str:
+    "DB-MTL against loss methods and against the other gradient methods, in a sentence."
+    above, like = rows[:2]
+    return (
+        f"DB-MTL costs {number(above['ours'])} percent more than the median loss method (the "
+        f"paper: {above['paper']:g}): {above['verdict']}. Against the other gradient methods it is "
+        f"{number(like['ours'])} percent more (the paper: {like['paper']:g}): {like['verdict']}."
+    )

@@ -21,6 +21,7 @@ from ..experiments.method_labels import label_of
 from .comparison import RULES, Comparison, Verdict, estimate, judged
 from .paper import paper_claims
 from .runs import SCALES_BEST_FIRST, current_records
+from .several_benchmarks import BENCHMARK_TITLES
 from .style import error_or_bound
 
 # %% ../../nbs/11_report/16_ledger.ipynb #76f6b71f
@@ -40,19 +41,12 @@ PLACES = {  # place -> benchmark
 }
 IN_PRINT = tuple(PLACES)[:6]
 STANDS_FOR = {"pacs": "officehome", "streets": "cityscapes"}
-TITLES = {
-    "nyuv2": "NYUv2",
+TITLES = BENCHMARK_TITLES | {
     "nyuv2_segnet": "NYUv2 with SegNet",
-    "cityscapes": "Cityscapes",
-    "qm9": "QM9",
-    "office31": "Office-31",
-    "officehome": "Office-Home",
     "nyuv2 (Cross-stitch)": "NYUv2 (Cross-stitch)",
     "nyuv2 (MTAN)": "NYUv2 (MTAN)",
     "nyuv2-sgd": "NYUv2 under SGD",
     "office31-sgd": "Office-31 under SGD",
-    "pacs": "PACS",
-    "streets": "generated streets",
     "rooms": "generated rooms",
     "computed": "computed",
     "-": "-",

@@ -6,11 +6,10 @@
 __all__ = ['BENCHMARKS', 'MONITORED', 'LOOKS', 'show_figure', 'show_rows', 'Levels', 'levels_of', 'level_rows', 'pairs_frame',
            'draw_arrows', 'pairs_figure', 'verdict_rows', 'verdict_table', 'counted', 'beyond', 'task_changes',
            'change_rows', 'changes_figure', 'task_rows', 'printed_pair', 'pair_rows', 'pair_in_words', 'show_pair',
-           'monitor_frame', 'monitor_figure', 'movement_rows', 'length_ratios', 'balanced_ratios', 'log_change',
-           'drift_rows', 'Study', 'verdicts_in_words']
+           'monitor_frame', 'monitor_figure', 'movement_rows', 'length_ratios', 'balanced_ratios', 'SmallNetwork',
+           'log_change', 'drift_rows', 'Study', 'verdicts_in_words']
 
 # %% ../../nbs/11_report/10_paired_methods.ipynb #418eded3
-import copy
 import math
 from collections import Counter
 from typing import NamedTuple
@@ -31,7 +30,7 @@ from ..experiments.method_labels import label_of
 from ..registry import make_balancer
 from .artifacts import Artifacts
 from .comparison import RULES, Comparison, holm, minus, p_value
-from .paper import paper_averages, paper_figure
+from .paper import paper_averages, paper_figure, printed_interval
 from dbmtl.report.plots import (
     SERIES,
     as_interval,
@@ -43,12 +42,12 @@ from dbmtl.report.plots import (
 )
 from .results_page import Page
 from dbmtl.report.several_benchmarks import (
+    BENCHMARK_TITLES,
     about_all,
     artifacts_of,
     difference_figure,
     difference_frame,
     difference_rows,
-    printed_difference,
 )
 from .style import PAGE, printed_name
 from .tables import markdown_table, number
@@ -404,11 +403,8 @@ def task_rows(
 
 # %% ../../nbs/11_report/10_paired_methods.ipynb #ec058573
 BENCHMARKS = {  # of Figures 2 and 3, and QM9: name -> title
-    "nyuv2": "NYUv2",
-    "cityscapes": "Cityscapes",
-    "office31": "Office-31",
-    "officehome": "Office-Home",
-    "qm9": "QM9",
+    name: BENCHMARK_TITLES[name]
+    for name in ("nyuv2", "cityscapes", "office31", "officehome", "qm9")
 }
 _IN_FIGURES = {"log": "loss-only", "gradient only": "gradient-only"}
 
@@ -425,7 +421,9 @@ def printed_pair(
         in_table = averages[point["benchmark"]][method].value
         if abs(point["value"] - in_table) >= 0.1:
             raise ValueError(f"{point} was read off, but a table prints {in_table}")
-    return {name: printed_difference(x[first], x[second]) for name, x in averages.items()}
+    weights = minus(first, second)
+    pairs = {name: {first: x[first], second: x[second]} for name, x in averages.items()}
+    return {name: printed_interval(pair, weights) for name, pair in pairs.items()}
 
 # %% ../../nbs/11_report/10_paired_methods.ipynb #5be10f48
 def pair_rows(
@@ -654,32 +652,54 @@ def balanced_ratios(
     return ratios
 
 # %% ../../nbs/11_report/10_paired_methods.ipynb #7629fc39
+class SmallNetwork:
+    "A trunk with a head a task, regressions of different scale, in double precision; no chance."
+
+    def __init__(
+        self,
+        factors,  # of the losses, one a task
+        samples: int,
+    ):
+        self.factors = factors
+        width = 2 * len(factors)
+        generator = torch.Generator().manual_seed(0)
+        shape = (2, samples, width)
+        self.x, self.y = torch.randn(shape, generator=generator, dtype=torch.float64)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.trunk = torch.nn.Sequential(torch.nn.Linear(width, 8), torch.nn.Tanh()).double()
+            self.heads = [torch.nn.Linear(8, 2).double() for _ in factors]
+
+    def losses(self) -> list:  # of scalars
+        "Mean squared errors, each times its factor; a task has two columns of the targets."
+        z = self.trunk(self.x)
+        losses = []
+        for task, factor in enumerate(self.factors):
+            error = self.heads[task](z) - self.y[:, 2 * task : 2 * task + 2]
+            losses.append(factor * error.square().mean())
+        return losses
+
+    def parameters(self) -> list:
+        "Those of the trunk, then those of the heads."
+        parts = [self.trunk, *self.heads]
+        return [parameter for part in parts for parameter in part.parameters()]
+
+
 def log_change(
     method: str,  # a name without "+log"
 ) -> float:  # relative to the length of the update
     "How much a method's update differs between losses and log-losses, on a small network."
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 64, 6, generator=generator, dtype=torch.float64)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        trunk = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh()).double()
-        heads = [torch.nn.Linear(8, 2).double() for _ in range(3)]
-    plain = _update(method, copy.deepcopy([trunk, *heads]), x, y)
-    log = _update(f"{method}+log", copy.deepcopy([trunk, *heads]), x, y)
+    plain = _update(method)
+    log = _update(f"{method}+log")
     return float((plain - log).norm() / plain.norm())
 
 
-def _update(method, parts, x, y):
+def _update(method):
     "The gradients that a method leaves with three tasks of different scale."
-    trunk, *heads = parts
-    balancer = make_balancer(method, shared=trunk, num_tasks=3)
-    z = trunk(x)
-    losses = []
-    for task, factor in enumerate((1, 30, 900)):
-        error = heads[task](z) - y[:, 2 * task : 2 * task + 2]
-        losses.append(factor * error.square().mean())
-    balancer.backward(losses)
-    return torch.cat([p.grad.flatten() for part in parts for p in part.parameters()])
+    network = SmallNetwork(factors=(1, 30, 900), samples=64)
+    balancer = make_balancer(method, shared=network.trunk, num_tasks=3)
+    balancer.backward(network.losses())
+    return torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
 
 # %% ../../nbs/11_report/10_paired_methods.ipynb #1a3aff61
 def drift_rows(

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'paper_table', 'paper_directions', 'half_unit', 'paper_half_units', 'Printed', 'paper_summary',
-           'paper_ablation', 'paper_averages', 'paper_sources', 'paper_figure', 'paper_claims', 'Recomputed',
-           'recompute_delta_p', 'paper_task_gains']
+           'paper_ablation', 'paper_averages', 'printed_interval', 'paper_sources', 'paper_figure', 'paper_claims',
+           'Recomputed', 'recompute_delta_p', 'paper_task_gains']
 
 # %% ../../nbs/11_report/02_paper.ipynb #c7f0bf02
 import csv
 import functools
+import math
 from importlib.resources import files
 from typing import NamedTuple
 
 from ..core.checks import check_choice
-from ..experiments.intervals import delta_p_interval
+from ..experiments.intervals import Interval, delta_p_interval, student_quantile
 from ..experiments.metrics import delta_p, delta_p_per_task
 
 # %% ../../nbs/11_report/02_paper.ipynb #1d8e28b9
@@ -140,6 +141,22 @@ def paper_averages(
     ablation = paper_ablation(benchmark)
     halves = {method.replace(" ", "-"): printed for method, printed in ablation.items()}
     return halves | paper_summary(benchmark)
+
+# %% ../../nbs/11_report/02_paper.ipynb #49e9d750
+def printed_interval(
+    printed: dict,  # {method: Printed}
+    weights: dict,  # {method: factor}; {method: 1} is the method alone
+) -> Interval | None:  # of no length where a deviation is missing; None where a value is missing
+    "A weighted sum of printed averages, with Student's 95 % interval over three unpaired runs."
+    if not set(weights) <= set(printed):
+        return None
+    terms = [(factor, printed[method]) for method, factor in weights.items()]
+    mean = math.fsum(factor * term.value for factor, term in terms)
+    if not all(term.std for _, term in terms):
+        return Interval(mean, mean, mean, 1)
+    variance = sum((factor * term.std) ** 2 for factor, term in terms)
+    half = student_quantile(3) * math.sqrt(variance / 3)
+    return Interval(mean, mean - half, mean + half, 3)
 
 # %% ../../nbs/11_report/02_paper.ipynb #1716b4be
 def paper_sources(

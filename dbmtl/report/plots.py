@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SERIES', 'NOTE_COLOR', 'dots', 'as_interval', 'dots_legend', 'factor_axis', 'tidy_log', 'curve_frame', 'draw_curves',
-           'panel_grid', 'panel_note', 'legend_panel', 'shared_legend']
+           'panel_grid', 'legend_panel', 'shared_legend']
 
 # %% ../../nbs/11_report/06_plots.ipynb #4fc7bdf9
 import math
@@ -293,19 +293,6 @@ def panel_grid(
         if above >= 0:
             axes[above].tick_params(labelbottom=True)  # sharex leaves ticks to the last row alone
     return dict(zip(names, axes, strict=False)) | spare
-
-
-def panel_note(
-    ax,  # matplotlib axes
-    text: str,
-    x: float = 0.5,  # in parts of the panel's width and height
-    y: float = 0.5,
-    **look,  # of `ax.text`, such as fontsize=8
-):
-    "Write a few words into a panel; returns `ax`."
-    centered = {"ha": "center", "va": "center", "color": NOTE_COLOR, "fontsize": 8}
-    ax.text(x, y, text, transform=ax.transAxes, **centered | look)
-    return ax
 
 
 def legend_panel(

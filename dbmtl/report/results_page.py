@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT_IN_THE_PAPER', 'ask', 'run_states', 'Page', 'open_page', 'metric_columns', 'result_rows', 'as_printed',
-           'show_table', 'printed_interval', 'log_ratio', 'gain_rows', 'gains_figure', 'show_gains', 'difference_rows',
-           'in_words', 'show_difference', 'training_figure', 'show_training', 'save_smoke_pictures', 'show_states']
+           'show_table', 'log_ratio', 'gain_rows', 'gains_figure', 'show_gains', 'difference_rows', 'in_words',
+           'show_difference', 'training_figure', 'show_training', 'save_smoke_pictures', 'show_states']
 
 # %% ../../nbs/11_report/08_results_page.ipynb #02e24c31
 import math
@@ -16,14 +16,13 @@ import pandas as pd
 from IPython.display import Markdown, display
 
 from ..benchmarks.base import get_benchmark
-from ..experiments.intervals import Interval
 from ..experiments.method_labels import label_of, split_methods
 from ..experiments.metrics import delta_p_per_task, worst_task
 from ..experiments.run import run_all
 from ..registry import method_names
 from .artifacts import Artifacts
 from .comparison import RULES, Comparison, minus, worst_in_words
-from .paper import paper_averages, paper_table
+from .paper import paper_averages, paper_table, printed_interval
 from dbmtl.report.plots import (
     curve_frame,
     dots,
@@ -298,18 +297,6 @@ def _epochs_in_words(page) -> str:
     return texts[rule]
 
 # %% ../../nbs/11_report/08_results_page.ipynb #a586f76a
-def printed_interval(
-    printed,  # Printed
-    runs: int = 3,  # that the printed deviation is taken over
-) -> Interval:
-    "Student's 95 % interval of a printed mean; of no length where no deviation is printed."
-    if not printed.std:
-        return Interval(printed.value, printed.value, printed.value, 1)
-    quantile = {2: 12.706, 3: 4.303}[runs]
-    half = quantile * printed.std / math.sqrt(runs)
-    return Interval(printed.value, printed.value - half, printed.value + half, runs)
-
-
 def log_ratio(
     results: dict,  # {metric: value} of one task
     baseline: dict,  # the same of single-task learning
@@ -371,7 +358,7 @@ def gains_figure(
         is_paper = here["series"] == "paper"
         printed = dict(zip(here.loc[is_paper, "row"], here.loc[is_paper, "value"], strict=True))
         if panel == "delta_p":
-            printed = {label: printed_interval(page.printed_gain[label]) for label in printed}
+            printed = {label: printed_interval(page.printed_gain, {label: 1}) for label in printed}
         reasons = missing if panel == "delta_p" else {}
         dots(ax, here[~is_paper], labels, printed, reasons, names=names)
         ax.set_title("$\\Delta_p$" if panel == "delta_p" else panel.replace("_", " "))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'PROTOCOLS', 'SCALES_BEST_FIRST', 'load_runs', 'check_comparable', 'current_records', 'records_to_draw',
-           'describe_runs', 'span', 'lost_runs']
+           'describe_runs', 'span', 'lost_runs', 'invented_run', 'invented_runs']
 
 # %% ../../nbs/11_report/04_runs.ipynb #9d585575
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..benchmarks.base import get_benchmark
-from ..experiments.method_labels import label_of
+from ..experiments.method_labels import label_of, parse_method
 from ..experiments.records import configuration, protocol_note, read_records, runs_folder
 from ..experiments.replay import is_current
 from ..registry import method_names
@@ -236,3 +236,44 @@ def lost_runs(records: list[dict]) -> list[str]:
         seed = record["config"]["seed"]
         lost.append(f"{label_of(record)} seed {seed} {record['state']}{at}{reason}")
     return lost
+
+# %% ../../nbs/11_report/04_runs.ipynb #bcc48b4a
+def invented_run(
+    benchmark: str,
+    label: str,  # a method, or "DB-MTL(beta=0.1)"
+    seed: int,
+    percent: float,  # by which every metric is better than STL's
+    scale: str = "cpu",
+) -> dict:
+    "A finished run that never was, with the metrics of a benchmark and no monitored steps."
+    method, hyper = parse_method(label)
+    directions = get_benchmark(benchmark).directions
+    test = {}
+    floors = {}
+    for task, ways in directions.items():
+        signs = {metric: 1 if way == "up" else -1 for metric, way in ways.items()}
+        test[task] = {metric: 10 + sign * percent / 10 for metric, sign in signs.items()}
+        floors[task] = {metric: 10 - 5 * sign for metric, sign in signs.items()}
+    return {
+        "config": configuration(benchmark, method, seed, scale, hyper),
+        "state": "finished",
+        "step": 100,
+        "steps": 100,
+        "directions": directions,
+        "selected": {rule: {"test": test} for rule in PROTOCOLS},
+        "floors": {"test": floors},
+        "curves": {"epochs": [1, 2], "train": {task: [2.0, 1.0] for task in directions}},
+    }
+
+
+def invented_runs(
+    benchmark: str,
+    percents: dict,  # {label: a number a seed}
+    scale: str = "cpu",
+) -> list[dict]:
+    "Runs that never were, one for each number."
+    return [
+        invented_run(benchmark, label, seed, percent, scale)
+        for label, seeds in percents.items()
+        for seed, percent in enumerate(seeds)
+    ]

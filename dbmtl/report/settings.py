@@ -24,7 +24,13 @@ from ..experiments.method_labels import method_label
 from ..registry import hyperparameters, make_balancer
 from .artifacts import Artifacts
 from .comparison import RULES, Verdict
-from .paired_methods import counted, show_figure, show_rows, verdict_rows
+from dbmtl.report.paired_methods import (
+    SmallNetwork,
+    counted,
+    show_figure,
+    show_rows,
+    verdict_rows,
+)
 from .plots import SERIES, curve_frame, dots, dots_legend
 from .results_page import Page
 from .style import PAGE
@@ -399,21 +405,13 @@ def cancel_rows() -> list[dict]:
 
 def _trunk_path(alpha, make_optimizer):
     "The trunk's weights after each of fifty steps on two small regressions."
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 32, 4, generator=generator, dtype=torch.float64)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        trunk = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh()).double()
-        heads = [torch.nn.Linear(8, 2).double() for _ in range(2)]
-    balancer = make_balancer("DB-MTL", shared=trunk, num_tasks=2, alpha=alpha)
-    optimizer = make_optimizer([p for part in (trunk, *heads) for p in part.parameters()])
+    network = SmallNetwork(factors=(1, 100), samples=32)
+    balancer = make_balancer("DB-MTL", shared=network.trunk, num_tasks=2, alpha=alpha)
+    optimizer = make_optimizer(network.parameters())
     path = []
     for _ in range(50):
-        z = trunk(x)
-        small = (heads[0](z) - y[:, :2]).square().mean()
-        large = 100 * (heads[1](z) - y[:, 2:]).square().mean()
-        balancer.backward([small, large])
+        balancer.backward(network.losses())
         optimizer.step()
         optimizer.zero_grad()
-        path.append(torch.cat([p.detach().flatten() for p in trunk.parameters()]))
+        path.append(torch.cat([p.detach().flatten() for p in network.trunk.parameters()]))
     return torch.stack(path)
