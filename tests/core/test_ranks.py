@@ -459,6 +459,15 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("change", [nan_on_rank_1, failing_pass_on_rank_1, two_losses_on_rank_1])
+def test_a_bad_step_with_kept_weights_raises_on_all_ranks_and_changes_nothing(pools, change):
+    """The second step, which `change` spoils, has the weights of the first; so has the third."""
+    answers = pools(2).run(gradients_after, change, "DB-MTL", update_every=3)
+    for told, _, state in answers:
+        assert BAD[change] in told and state["step"] == 2 and state["kept"]["cheap_steps"] == 1
+    assert same(answers[0][1:], answers[1][1:])
+
+
 @pytest.mark.parametrize("name", ["DB-MTL", "EW", "MGDA-UB"])
 @pytest.mark.parametrize("change", BAD, ids=lambda change: change.__name__)
 def test_what_is_bad_on_one_rank_raises_on_all_and_changes_nothing(pools, change, name):

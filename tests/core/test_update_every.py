@@ -129,6 +129,22 @@ def test_a_longest_direction_holds_between_too(weights_heads):
     assert_close(model.grads()[4:], exact[4:], rtol=1e-12, atol=1e-12)
 
 
+def test_learned_scores_learn_in_measured_steps_and_learned_scales_in_all():
+    model = Net()
+    gradnorm = make("GradNorm", model, update_every=3, initial="first")
+    found = []
+    for seed in range(4):
+        step(gradnorm, model, seed)
+        found.append(gradnorm.aggregator.p.grad is not None)
+        follow(gradnorm, model, seed)
+    assert found == [True, False, False, True]
+    imtl = make("IMTL", model, update_every=3)
+    for seed in range(4):
+        step(imtl, model, seed)
+        assert all(p.grad is not None for p in imtl.parameters())
+        follow(imtl, model, seed)
+
+
 def test_nash_mtl_by_its_own_option_and_by_the_balancers():
     seen = []
     for own in (True, False):
