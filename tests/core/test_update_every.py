@@ -198,6 +198,20 @@ def test_the_average_advances_at_measured_steps_only_and_k_counts_them():
 # graphs
 
 
+class Product(torch.autograd.Function):
+    """A node of Python, with an input before the tensors that is none."""
+
+    @staticmethod
+    def forward(ctx, name, z, w):
+        ctx.save_for_backward(z, w)
+        return z @ w.T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        z, w = ctx.saved_tensors
+        return None, gradient @ w, gradient.T @ z
+
+
 def shapes():
     """Losses of three tasks on graphs of unlike shape: {name: (losses, shared)}."""
     torch.manual_seed(0)
@@ -221,6 +235,10 @@ def shapes():
         "the same loss twice": ([plain[0], plain[0], plain[1]], both),
         "stacked": (torch.stack(plain), both),
         "a checkpoint": ([(head(again) - 1).square().mean() for head in heads], both),
+        "nodes of Python": (
+            [Product.apply("a", deep, h.weight).square().mean() for h in heads],
+            both,
+        ),
         "one task": (plain[:1], both),
         "two trunks": ([plain[0], (heads[1](z) - 1).square().mean()], both),
     }
