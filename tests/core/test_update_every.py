@@ -59,7 +59,8 @@ def passes_of(model, balancer, seed):
 def by_table(model, losses, slopes, weights, head_weights):
     """The gradients of trunk and heads, from T passes."""
     table = task_gradients(losses, list(model.trunk), slopes.to(F64), retain_graph=True)
-    trunk = [sum(w * g for w, g in zip(weights, row, strict=True)) for row in zip(*table.shared)]
+    columns = zip(*table.shared, strict=True)
+    trunk = [sum(w * g for w, g in zip(weights, column, strict=True)) for column in columns]
     heads = [
         gradient * head_weights[t]
         for t, head in enumerate(table.heads)
