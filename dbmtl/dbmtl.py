@@ -41,6 +41,11 @@ class DBMTL(Balancer):
         check: when losses are checked: "now" (default), "later" (see `verify`) or "off".
         model: only to name parameters in warnings and in `describe()`.
         missing, process_group: as in `Balancer`.
+        update_every: K; the norms are measured in every K-th step, in T passes, and the weights
+            kept for the steps between, which take one pass (default 1). The average advances in
+            measured steps only, and its k counts them.
+        in_place: averages take T rows less memory, and an error in a pass tears them; see
+            `Balancer`.
 
     Raises ValueError for a number out of range, TypeError for an option that does not exist and
     for what is no parameter in `shared`.
@@ -61,7 +66,7 @@ class DBMTL(Balancer):
         eps: float = 1e-8,  # inside the logarithm, and added to the norms
         alpha: str | float = "max",  # common length of the gradients; see MaxNorm
         weights: Mapping | Sequence[float] | None = None,  # shares of the gradient; see MaxNorm
-        **options: Unpack[BalancerOptions],  # grads, check, model, missing, process_group
+        **options: Unpack[BalancerOptions],  # as in `Balancer`
     ):
         super().__init__(
             Log(eps),

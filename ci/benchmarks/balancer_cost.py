@@ -10,8 +10,10 @@ are compared with the floor: T calls of `torch.autograd.grad`, one a task, each 
 its own head, the last one freeing the graph. "flat" is Algorithm 1 on concatenated gradient
 vectors. TorchJD's row is one `mtl_backward` and one `jac_to_grad`: Sum needs no Gramian, IMTL-G
 does, and neither needs a solver; chunk 1 is one pass a task.
+Whole steps with `update_every`, on the same clock, are compared with EW's in the same run.
 Peak memory of two steps of a wide MLP, each in a process of its own, above what forward and one
-plain backward take.
+plain backward take: once as the process is, with the holes that small and large tensors leave in
+its heap, and once with every tensor from 1 MB mapped by itself, which is what is held.
 Writes balancer_cost.json and balancer_cost.md.
 """
 
@@ -69,6 +71,9 @@ class Step:
         self.work = getattr(self, own_way, self.balanced)
         if self.work == self.balanced:
             hyper = {"beta": 0} if "beta 0" in self.options else {}
+            hyper |= {"in_place": True} if "in place" in self.options else {}
+            if "every" in self.options:
+                hyper["update_every"] = int(self.options.rpartition("every ")[2])
             routes = [route for route in ("split", "batched") if route in self.options]
             self.balancer = make_balancer(
                 method,
@@ -152,9 +157,14 @@ MEASURED = [
     "DB-MTL, split",
     "DB-MTL, batched",
     "DB-MTL, loop, beta 0",
+    "DB-MTL, loop, in place",
+    "DB-MTL, loop, in place, every 20",
+    "DB-MTL, loop, beta 0, every 20",
     "flat",
     "torchjd, IMTL-G",
 ]
+EVERY = (1, 5, 20)  # steps for which weights are used; a cycle is the longest
+TASKS_OF_A_CYCLE = (3, 11, 20)
 
 
 def resident_mib():
@@ -190,11 +200,36 @@ def milliseconds(network, tasks, repetitions):
     return {name: round(statistics.median(values[2:]), 3) for name, values in times.items()}
 
 
-def peak_of_a_process(name, tasks, threads):
-    """`peak_mib` in a process of its own."""
+def cycle_milliseconds(network, tasks, cycles):
+    """Whole steps, forward included, with weights used for K steps: the mean over a cycle, of
+    which every place is a median over interleaved cycles, and the median of the steps between two
+    measured ones; the first cycle is not counted."""
+    names = ["EW", *(f"DB-MTL, every {every}" for every in EVERY)]
+    steps = {name: Step(name, network, tasks) for name in names}
+    times = {name: [] for name in names}
+    length = max(EVERY)
+    for _ in range((cycles + 1) * length):
+        for name, step in steps.items():
+            start = time.process_time()
+            step.work(*step.forward())
+            times[name].append(1000 * (time.process_time() - start))
+    result = {}
+    for name, values in times.items():
+        counted = values[length:]
+        places = [statistics.median(counted[place::length]) for place in range(length)]
+        result[name] = round(statistics.mean(places), 3)
+    between = times[f"DB-MTL, every {length}"][length:]
+    result["between"] = statistics.median(t for i, t in enumerate(between) if i % length)
+    return result
+
+
+def peak_of_a_process(name, tasks, threads, mapped=False):
+    """`peak_mib` in a process of its own; `mapped`: without holes in its heap."""
     command = [sys.executable, __file__, "--peak", name, "--tasks", str(tasks)]
     command += ["--threads", str(threads)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    # glibc's own limit grows to the largest tensor that was freed
+    environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "1000000"} if mapped else {})
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return round(float(done.stdout), 1)
 
 
@@ -211,12 +246,20 @@ def shares_of_a_step(ms):
 def measure(repetitions, threads):
     # memory first, because a new process inherits the peak of the one that starts it
     memory = {}
+    held = {}
     for tasks in TASKS:
         memory[tasks] = {name: peak_of_a_process(name, tasks, threads) for name in MEASURED}
+        held[tasks] = {name: peak_of_a_process(name, tasks, threads, True) for name in MEASURED}
     times = {}
     for network in ("mlp", "conv"):
         for tasks in TASKS:
             times[f"{network}, T = {tasks}"] = milliseconds(network, tasks, repetitions)
+    cycles = {}
+    for network in ("mlp", "conv"):
+        for tasks in TASKS_OF_A_CYCLE:
+            cycles[f"{network}, T = {tasks}"] = cycle_milliseconds(
+                network, tasks, max(repetitions // 5, 1)
+            )
     import torchjd  # noqa: F401  (must be installed: see extras `dev`)
 
     trunk = sum(p.numel() for p in wide(3)[0].parameters()) * 4 / 2**20
@@ -225,9 +268,11 @@ def measure(repetitions, threads):
         "torch": torch.__version__,
         "repetitions": repetitions,
         "milliseconds": times,
+        "milliseconds of a whole step in a cycle": cycles,
         "shares of a DB-MTL step": {key: shares_of_a_step(ms) for key, ms in times.items()},
         "one trunk gradient, MiB": round(trunk, 1),
         "peak MiB above a plain step": memory,
+        "peak MiB above a plain step, large tensors mapped": held,
     }
 
 
@@ -247,10 +292,16 @@ def markdown(m):
     shares = []
     for part in ("trace", "passes", "balancing"):
         shares.append([part, *(f"{100 * share[part]:.1f} %" for share in parts.values())])
+    held = m["peak MiB above a plain step, large tensors mapped"]
     peaks = []
     for name in MEASURED:
-        of_tasks = [memory[tasks][name] for tasks in memory]
+        of_tasks = [meter[tasks][name] for meter in (memory, held) for tasks in meter]
         peaks.append([name, *(f"{peak:.0f} ({peak / one:.1f})" for peak in of_tasks)])
+    cycles = m["milliseconds of a whole step in a cycle"]
+    in_cycles = [
+        [name, *(f"{ms[name] / ms['EW']:.2f}" for ms in cycles.values())]
+        for name in [f"DB-MTL, every {every}" for every in EVERY] + ["between"]
+    ]
     return f"""# The cost of a balanced step
 
 Backward part of one step on the CPU, processor time, threads: {m["threads"]}, \
@@ -265,11 +316,16 @@ Where the time of a DB-MTL step (loop) goes:
 
 {table(["", *times], shares)}
 
+Weights used for several steps (`update_every`): a whole step, forward included, in units of EW's \
+in the same run, mean over a cycle of {max(EVERY)} steps; `between` is a step with kept weights.
+
+{table(["", *cycles], in_cycles)}
+
 Peak memory of two steps of a wide MLP above that of a plain step, in MiB (in brackets: in trunk \
 gradients of
-{one} MiB):
+{one} MiB); "held" is without holes in the heap:
 
-{table(["", *(f"T = {t}" for t in memory)], peaks)}
+{table(["", *(f"T = {t}" for t in memory), *(f"T = {t}, held" for t in held)], peaks)}
 """
 
 
@@ -285,11 +341,18 @@ def main():
     parser.add_argument(
         "--peak", choices=MEASURED, help="print the peak memory of one contender and stop"
     )
-    parser.add_argument("--tasks", type=int, default=3, help="with --peak")
+    parser.add_argument("--tasks", type=int, default=3, help="with --peak, --cycle")
+    parser.add_argument(
+        "--cycle", choices=("mlp", "conv"), help="print the times of `update_every` and stop"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak:
         return print(peak_mib(options.peak, options.tasks))
+    if options.cycle:
+        cycles = max(options.repetitions // 5, 1)
+        times = cycle_milliseconds(options.cycle, options.tasks, cycles)
+        return print({name: round(ms / times["EW"], 2) for name, ms in times.items()})
     result = measure(options.repetitions, options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "balancer_cost.json").write_text(json.dumps(result, indent=1) + os.linesep)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StepGradients', 'Choice', 'Aggregator', 'LossWeighting', 'NormAggregator', 'GramianAggregator',
            'CrossGramianAggregator', 'TensorNormAggregator', 'TensorGramianAggregator', 'GradientAggregator',
-           'FeatureAggregator']
+           'FeatureAggregator', 'why_not_kept', 'KeptWeights']
 
 # %% ../../nbs/01_core/09_aggregator.ipynb #93d59572
 from collections.abc import Callable
@@ -60,6 +60,7 @@ class Aggregator(Memory):
     "Turns T task gradients into one direction. A kind defines `measure`, a method `forward`."
 
     needs_gradients = True  # False in a step whose weights follow from the losses alone
+    gives_weights = False  # is its answer T weights, which can be kept for several steps?
     num_batches = 1  # batches of losses that a step takes
     at_features = False  # can it balance gradients of features in place of parameters?
     judges_infinity = False  # is its answer right for gradients that are not finite, too?
@@ -191,6 +192,7 @@ class LossWeighting(Aggregator):
 class NormAggregator(Aggregator):
     "Weights from the norms of the task gradients: `forward(norms [T], losses [T])` -> [T]."
 
+    gives_weights = True
     at_features = True
     judges_infinity = True
 
@@ -204,6 +206,7 @@ class NormAggregator(Aggregator):
 class GramianAggregator(Aggregator):
     "Weights from the Gramian: `forward(M [T, T] float64, losses [T])` -> [T], all on the CPU."
 
+    gives_weights = True
     at_features = True
     solves_on_host = True
 
@@ -292,3 +295,51 @@ class FeatureAggregator(Aggregator):
 
     def more_arguments(self, gradients: StepGradients) -> tuple:
         return (gradients.features,)
+
+# %% ../../nbs/01_core/09_aggregator.ipynb #d3584942
+def why_not_kept(
+    aggregator: Aggregator,
+    level: str = "parameters",  # at which it balances
+) -> str:  # "" if its weights can be kept
+    "Why an answer cannot be used for several steps."
+    if level == "features":
+        return "at level='features' a step is one pass through the trunk already"
+    if aggregator.num_batches > 1:
+        return "its weights come from two batches and go to a third, anew in every step"
+    if aggregator.moves_alone:
+        return "its answer is a finished update, not T weights"
+    if not aggregator.needs_gradients:
+        return "its weights follow from the losses, so a step is one pass already"
+    if not aggregator.gives_weights:
+        return "its answer is a direction, or a weight for each tensor, not T weights"
+    return ""
+
+# %% ../../nbs/01_core/09_aggregator.ipynb #92914a66
+class KeptWeights(NamedTuple):
+    "The answer of a measured step, for the steps until the next one."
+
+    weights: Tensor  # [T], zero for tasks that were not measured
+    heads: Tensor | None  # [T] weights of the heads' gradients; None: ones
+    tasks: list[int]  # that were measured
+    steps_left: int  # that use it
+
+    def serve(
+        self,
+        tasks: list[int],  # of a step
+    ) -> bool:
+        "Is a step with these tasks among those that use it?"
+        return self.steps_left > 0 and set(tasks) <= set(self.tasks)
+
+    def choice(
+        self,
+        tasks: list[int] | None,  # of a step; None: all
+    ) -> Choice:
+        "The answer once more."
+        if tasks is None:
+            return Choice(self.weights, heads=self.heads)
+        heads = None if self.heads is None else self.heads[tasks]
+        return Choice(self.weights[tasks], heads=heads)
+
+    def used(self) -> "KeptWeights":
+        "What is left after a step."
+        return self._replace(steps_left=self.steps_left - 1)

@@ -18,7 +18,14 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
-from .aggregator import Aggregator, Choice, FeatureAggregator, StepGradients
+from dbmtl.core.aggregator import (
+    Aggregator,
+    Choice,
+    FeatureAggregator,
+    KeptWeights,
+    StepGradients,
+    why_not_kept,
+)
 from .checks import check_choice, check_whole
 from .ema import EMA
 from .features import backward_once, feature_passes, read_features
@@ -108,6 +115,21 @@ def _check_composition(aggregator: Aggregator, ema: EMA | None, level: str):
             f"an average of the gradients cannot be had with {name} at level={level!r}"
         )
 
+
+def _check_update_every(aggregator: Aggregator, update_every: int, level: str) -> int:
+    "The number of steps that share their weights; ValueError where a method cannot keep them."
+    check_whole("update_every", update_every)
+    if update_every == 1:
+        return update_every
+    name = type(aggregator).__name__
+    reason = why_not_kept(aggregator, level)
+    own = getattr(aggregator, "update_every", 1)
+    if own > 1:
+        reason = f"it keeps weights itself, for update_every={own} steps: give one of the two"
+    if reason:
+        raise ValueError(f"update_every={update_every} has no meaning for {name}: {reason}")
+    return update_every
+
 # %% ../../nbs/01_core/16_balancer.ipynb #ca487a78
 class _Step(NamedTuple):
     "What a step will write and remember, before anything is written."
@@ -117,6 +139,8 @@ class _Step(NamedTuple):
     heads: list[dict] | None = None  # T {leaf: gradient}; None: all went through one pass
     averages: dict = {}  # {task: {position: average}}
     cosines: Tensor | None = None  # [T, T], where they were asked for
+    kept: KeptWeights | None = None  # for the steps that follow
+    is_measured: bool = True  # False: the weights are those of an earlier step
 
 
 class _Part(NamedTuple):
@@ -171,6 +195,8 @@ class BalancerOptions(TypedDict, total=False):
     model: nn.Module | None  # only to name parameters in warnings
     missing: str  # what a task without a loss is
     process_group: Any  # the ranks that share a step
+    update_every: int  # steps for which weights are used
+    in_place: bool  # are averages updated before the whole step has succeeded?
 
 # %% ../../nbs/01_core/16_balancer.ipynb #c3a7d0a9
 class Balancer:
@@ -194,6 +220,12 @@ class Balancer:
         process_group: the ranks whose batches make one step; None: the default group, where
             `torch.distributed` is initialised; False: this process alone.
         level: what is balanced: gradients of the "parameters" (default), or of "features".
+        update_every: K; in every K-th step the task gradients are measured, in T passes, and the
+            weights are kept for the steps between, which take one pass. Slopes are fresh in every
+            step. An average takes part in measured steps only, and its k counts them.
+        in_place: update each average as its task's pass ends, for T rows less memory. If a step
+            raises halfway, the averages are torn, and `backward` refuses to go on until a state is
+            loaded or `reset_averages` is called. By default an error changes nothing.
 
     After a step: `slopes` [T] of the loss axis, `weights` [T] of the gradient axis (None where a
     method has none), `nonfinite` [T], the number of steps in which a gradient was not finite.
@@ -220,6 +252,8 @@ class Balancer:
         level: str = "parameters",  # balance gradients of the "parameters", or of "features"
         missing: str = "raise",  # a task without a loss is an error, or "skip" it in this step
         process_group: Any = None,  # whose batches are one; None: the default; False: no other
+        update_every: int = 1,  # steps for which weights are used; between, a step is one pass
+        in_place: bool = False,  # update averages in place: T rows less, torn by an error
     ):
         self.num_tasks = check_whole("num_tasks", num_tasks)
         self.grads = check_choice("grads", grads, ("loop", "split", "batched"))
@@ -227,6 +261,10 @@ class Balancer:
         self.level = check_choice("level", level, ("parameters", "features"))
         self.missing = check_choice("missing", missing, ("raise", "skip"))
         _check_composition(aggregator, ema, level)
+        self.update_every = _check_update_every(aggregator, update_every, level)
+        self.in_place = check_choice("in_place", in_place, (False, True))
+        if in_place and ema is None:
+            raise ValueError("in_place=True is about averages, and this method has none")
         aggregator.set_tasks(num_tasks, None)
         self.transform = transform
         self.aggregator = aggregator
@@ -258,6 +296,8 @@ class Balancer:
         self._bad_losses: Tensor | None = None  # [T] bool, with check="later"
         self._missed = torch.zeros(num_tasks, dtype=torch.long)  # steps without a loss
         self.ranks = Ranks(process_group, width=16 + 9 * num_tasks)
+        self._kept: KeptWeights | None = None  # with update_every > 1, after a measured step
+        self._cheap_steps = 0  # finished steps that were not measured
         self._has_met = False  # do the ranks know that they start from the same state?
         self._positions: set[int] = set()  # shared parameters that another rank reaches
         self._wrappers: list = []  # DistributedDataParallel modules around them
@@ -304,12 +344,15 @@ class Balancer:
                 step = self._balance_features(batch, read.features, slope, scale)
             elif self._one_pass_is_enough(batch):
                 step = self._take_one_pass(batch, slope, scale)
+            elif self._kept is not None and self._kept.serve(batch.present):
+                step = self._use_kept_weights(self._kept, batch, slope, scale)
             else:
                 step = self._balance_tasks(earlier, batch, slope, scale)
             self._warn_of_forgotten_layers(step.heads, batch.tasks)
             if learned_scales:
                 scale_gradients = scale.rescale([*scale_gradients, *step.choice.scales])
-                step.pending.add(learned_scales, scale_gradients)
+                # scales of the aggregator, which come last, learn in measured steps only
+                step.pending.add(learned_scales[: len(scale_gradients)], scale_gradients)
             # write: from here on nothing can fail
             step.pending.write()
         self._finish_step(batch, slope, step, learned_scales)
@@ -317,6 +360,7 @@ class Balancer:
 
     def _read_step(self, given: tuple, size, missing: str | None, features, scaler) -> _Read:
         "What `backward` was given, read and checked on this rank."
+        self._refuse_torn_averages()
         scale = GradScale(scaler, self.shared[0].device)
         skip = check_choice("missing", missing or self.missing, ("raise", "skip")) == "skip"
         if given[0] is None:
@@ -538,6 +582,8 @@ class Balancer:
         lengths = tensor_norms([[p.detach() for p in self.shared]])[0].tolist()
         return self._identity() | {
             "step": int(self.step),
+            "update_every": self.update_every,
+            "steps that use the weights": 0 if self._kept is None else self._kept.steps_left,
             "names": names,
             "model": heads,
             "lengths": lengths,
@@ -595,7 +641,7 @@ class Balancer:
             batches.append(joined)
         return batches
 
-    # three ways to a direction
+    # four ways to a direction
 
     def _method_takes_one_pass(self) -> bool:
         "Do the weights of this step follow from the losses, and is nothing averaged?"
@@ -628,6 +674,35 @@ class Balancer:
             self._moved(batch),
         )
         return _Step(choice, PendingGradients())
+
+    def _use_kept_weights(self, kept: KeptWeights, batch, slope: Tensor, scale: GradScale) -> _Step:
+        "One pass of all losses, each task weighed as in the last measured step."
+        choice = kept.choice(batch.tasks)
+        gradient_at = self.ranks.one_pass(
+            lambda: batch.weighted_sum(slope, choice.weights, choice.heads, self.shared, scale),
+            [self.shared[i] for i in self._moved(batch)],
+        )
+        step = _Step(choice, PendingGradients(), kept=kept.used(), is_measured=False)
+        if self.aggregator.max_norm is not None:
+            reached = [i for i, p in enumerate(self.shared) if p in gradient_at]
+            direction = scale.unscale([gradient_at.pop(self.shared[i]) for i in reached])
+            self._add_direction(reached, direction, False, scale, step.pending)
+        leaves = list(gradient_at)
+        # each gradient goes as soon as it is copied
+        step.pending.add(leaves, (gradient_at.pop(leaf) for leaf in leaves))
+        self.transform.advance(batch.values)
+        return step
+
+    def _to_keep(self, choice: Choice, tasks: list[int] | None) -> KeptWeights | None:
+        "The answer of a measured step for those that follow; None: the next measures again."
+        if self.update_every == 1 or not bool(choice.weights.isfinite().all()):
+            return None
+        return KeptWeights(
+            _placed(choice.weights, tasks, self.num_tasks),
+            _placed(choice.heads, tasks, self.num_tasks),
+            list(range(self.num_tasks)) if tasks is None else tasks,
+            self.update_every - 1,
+        )
 
     def _moved(self, batch) -> list[int]:
         "The positions of the shared parameters that this step moves, on whatever rank reached."
@@ -682,15 +757,17 @@ class Balancer:
         choice = self.aggregator.choose(gradients, self._losses(batch))
         averages = {}
         if self.ema:
-            averages = self.ema.settled(
-                gradients.rows, gradients.positions, gradients.lengths, batch.tasks
-            )
+            if not self.in_place:
+                averages = self.ema.settled(
+                    gradients.rows, gradients.positions, gradients.lengths, batch.tasks
+                )
             choice = self._with_nan_weights(choice)
         direction = choice.direction
         if direction is None:
             direction = combine(gradients.rows, choice.weights)
         cosines = cosines_between(gradients.rows) if self.with_cosines else None
-        step = _Step(choice, PendingGradients(), heads, averages, cosines)
+        kept = self._to_keep(choice, batch.tasks)
+        step = _Step(choice, PendingGradients(), heads, averages, cosines, kept)
         heads_of_batches = [*(side_heads for _, side_heads in sides), heads]
         self._add_heads(heads_of_batches, choice, scale, step.pending)
         is_fresh = choice.direction is None
@@ -713,10 +790,15 @@ class Balancer:
         # no `enumerate`: it would keep a raw gradient through the next pass
         passes = batch.passes(slope, self.shared, positions, scale, self.grads)
         shared = [self.shared[i] for i in positions]
+        k = self.step - self._cheap_steps + 1  # of the averages: measured steps
         for row, head in self.ranks.rows(passes, shared, len(tasks)):
             if self.ema:
-                row = self.ema.propose(tasks[len(heads)], row, positions, self.step + 1)
-                pieces += tensor_lengths(row)
+                t = tasks[len(heads)]
+                row = self.ema.propose(t, row, positions, k)
+                of_row = tensor_lengths(row)
+                pieces += of_row
+                if self.in_place:
+                    row = self.ema.replace(t, row, positions, of_row)
             gradients.rows.append(row)
             heads.append(head)
         if self.ema:
@@ -783,7 +865,9 @@ class Balancer:
     def _finish_step(self, batch, slope: Tensor, step: _Step, scales: list[Tensor]):
         "Remember what the step leaves behind."
         if self.ema:
-            self.ema.keep(step.averages)
+            self.ema.finish(step.averages)
+        self._kept = step.kept
+        self._cheap_steps += not step.is_measured
         self._micro_batches = None
         self.transform.losses_are_checked = False
         is_first = isinstance(self.step, int) and self.step == 0
@@ -942,6 +1026,18 @@ class Balancer:
             f"bad losses of tasks {bad} since the last look; they must be {self.transform.domain}"
         )
 
+    def reset_averages(self):
+        "Drop the averages; the next step starts them anew, say after an error with `in_place`."
+        if self.ema:
+            self.ema.reset()
+
+    def _refuse_torn_averages(self):
+        if self.ema and self.ema.is_torn:
+            raise RuntimeError(
+                "the last backward() raised after it had updated some averages (in_place=True), so "
+                "they belong to two steps: load a state, or drop them with reset_averages()"
+            )
+
     # for a log
 
     @property
@@ -964,8 +1060,8 @@ class Balancer:
 
         Keys are "loss/NAME", "slope/NAME", "weight/NAME", "effective_weight/NAME" and "norm/NAME"
         (of the gradients that were balanced: after slope and average), as far as the method has
-        them, and "cosine/NAME/OTHER" with `with_cosines`; of the tasks that the step had. Empty
-        before the first step.
+        them, and "cosine/NAME/OTHER" with `with_cosines`; of the tasks that the step had. A step
+        with kept weights has no norms and no cosines. Empty before the first step.
         """
         if self.losses is None:
             return {}
@@ -1004,6 +1100,7 @@ class Balancer:
             raise RuntimeError(
                 "state_dict() between accumulate() and backward(): finish the step first"
             )
+        self._refuse_torn_averages()
         averages = None
         if self.ema:
             averages = {
@@ -1016,6 +1113,7 @@ class Balancer:
         return (
             self._identity()
             | missed
+            | self._kept_state()
             | {
                 "step": copy.deepcopy(self.step),
                 "names": self._names,
@@ -1036,6 +1134,7 @@ class Balancer:
         except (TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"the state cannot be loaded: {error}") from error
         averages = self._averages_on_device(state["ema"])
+        kept, cheap_steps = self._kept_from(state.get("kept"))
         nonfinite = state["nonfinite"].to(self.nonfinite.device, copy=True)
         missed = state.get("missed", torch.zeros(self.num_tasks, dtype=torch.long)).clone()
         device = self.shared[0].device
@@ -1047,7 +1146,10 @@ class Balancer:
         self.transform.to(device)
         self.aggregator.to(device)
         if self.ema:
-            self.ema.rows = averages
+            self.ema.reset()
+            self.ema.finish(averages)
+        self._kept = kept
+        self._cheap_steps = cheap_steps
         self.step = step
         self.nonfinite = nonfinite
         self._missed = missed
@@ -1056,6 +1158,47 @@ class Balancer:
         self._micro_batches = self._bad_losses = self._kinds = None
         self._scale_watch = ScaleWatch()
         self._step_watch = StepWatch()
+
+    def _kept_state(self) -> dict:  # {"kept": ...}; empty without `update_every`
+        "The weights that are kept, and where in the cycle the next step is."
+        if self.update_every == 1 and self._cheap_steps == 0:
+            return {}
+        kept = None if self._kept is None else copy.deepcopy(self._kept._asdict())
+        return {"kept": {"cheap_steps": self._cheap_steps, "answer": kept}}
+
+    def _kept_from(self, kept: dict | None) -> tuple[KeptWeights | None, int]:
+        "What `_kept_state` wrote, for this balancer's own `update_every`; None: measure next."
+        if kept is None:
+            return None, 0
+        answer = kept["answer"]
+        if answer is None or self.update_every == 1:
+            return None, kept["cheap_steps"]
+        device = self.shared[0].device
+        heads = answer["heads"]
+        restored = KeptWeights(
+            answer["weights"].to(device, copy=True),
+            None if heads is None else heads.to(device, copy=True),
+            list(answer["tasks"]),
+            min(answer["steps_left"], self.update_every - 1),
+        )
+        return restored, kept["cheap_steps"]
+
+    def _check_kept(self, kept: dict):
+        "Raise ValueError unless these can be weights that this balancer kept."
+        count = kept.get("cheap_steps")
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"kept in the state must count its cheap steps, got {count!r}")
+        answer = kept.get("answer")
+        if answer is None:
+            return
+        if set(answer) != set(KeptWeights._fields):
+            raise ValueError(f"kept in the state must hold {list(KeptWeights._fields)}")
+        for part in ("weights", "heads"):
+            values = answer[part]
+            is_left_out = part == "heads" and values is None
+            is_whole = isinstance(values, Tensor) and values.shape == (self.num_tasks,)
+            if not is_left_out and not is_whole:
+                raise ValueError(f"{part} kept in the state must be {self.num_tasks}: {values!r}")
 
     def _check_state(self, state: dict):
         "Raise ValueError, naming the part, for a state that is not of this balancer, or not whole."
@@ -1081,6 +1224,8 @@ class Balancer:
             self._check_averages(t, row)
         for part, layouts in self._layouts.items():
             self._check_memories(part, state[part], layouts)
+        if "kept" in state:
+            self._check_kept(state["kept"])
 
     def _check_memories(self, part: str, state: dict, layouts: dict):
         "Raise ValueError unless the transform or the aggregator can remember this."
@@ -1128,7 +1273,8 @@ class Balancer:
         return f"{parts}, num_tasks={self.num_tasks}, ema={self.ema}{level}"
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._method()})"
+        every = "" if self.update_every == 1 else f", update_every={self.update_every}"
+        return f"{type(self).__name__}({self._method()}{every})"
 
 # %% ../../nbs/01_core/16_balancer.ipynb #eb43085f
 def cosines_between(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_number
+from .gramian import norms
 from .task_gradients import widened
 
 # %% ../../nbs/01_core/05_ema.ipynb #86302f39
@@ -47,6 +48,7 @@ class EMA:
         self.beta = check_number("beta", beta, at_least=0, below=1)
         self.beta_decay = check_number("beta_decay", beta_decay, at_least=0)
         self.rows: dict[int, dict[int, Tensor]] = {}  # task -> {position of the parameter: average}
+        self.is_torn = False  # are some averages those of an unfinished step? See `replace`
 
     def positions(self) -> set[int]:
         "The parameters that any task has an average for."
@@ -81,7 +83,7 @@ class EMA:
         lengths: Tensor,  # [T] norms of the rows
         tasks: list[int] | None = None,  # to which the rows belong; None: all
     ) -> dict:  # {task: {position: average}}
-        "What to keep of these rows: nothing that is not finite. Off the CPU this has never run."
+        "What to keep of these rows: nothing that is not finite."
         on_cpu = lengths.device.type == "cpu"
         is_finite = lengths.isfinite()
         if on_cpu:
@@ -100,6 +102,31 @@ class EMA:
     def keep(self, averages: dict):
         "Store the averages of a step that is done: {task: {position: average}}."
         self.rows.update(averages)
+
+    def replace(
+        self,
+        t: int,  # task
+        row: list[Tensor],  # P tensors, from `propose`
+        positions: list[int],  # of the P tensors among the shared parameters
+        pieces: list[Tensor],  # P lengths of them
+    ) -> list[Tensor]:  # P tensors: the average, or the row where that is not finite
+        "Store task t's average before the step is done; `is_torn` until `finish` is called."
+        averages = self.settled([row], positions, norms([row], pieces), [t])
+        if t not in averages:
+            return row
+        self.is_torn = True
+        self.keep(averages)
+        return list(averages[t].values())
+
+    def finish(self, averages: dict):
+        "The step is done: store what is left to store, {task: {position: average}}."
+        self.keep(averages)
+        self.is_torn = False
+
+    def reset(self):
+        "Forget all averages."
+        self.rows = {}
+        self.is_torn = False
 
     def __repr__(self) -> str:
         return f"EMA(beta={self.beta}, beta_decay={self.beta_decay})"

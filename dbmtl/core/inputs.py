@@ -25,6 +25,7 @@ from dbmtl.core.task_gradients import (
     iterate_task_gradients,
     loss_edges,
     trace,
+    weighted_gradients,
     widened,
 )
 from .transform import Transform
@@ -119,6 +120,25 @@ class Batch(NamedTuple):
             row, head = next(of_graph)
             yield scale.unscale(row), head
             del row, head  # they must not live through the next pass
+
+    def weighted_sum(
+        self,
+        slopes: Tensor,  # [T], the cotangents
+        weights: Tensor,  # of the tasks that have a loss, for the shared parameters
+        head_weights: Tensor | None,  # of the same tasks, for the heads; None: ones
+        shared: list[Tensor],
+        scale: GradScale,
+    ) -> dict:  # {leaf: scaled gradient}
+        "The weighted sum of the task gradients, in one pass."
+        own = [place for place, root in enumerate(self.roots) if root is not None]
+        return weighted_gradients(
+            [self.roots[place] for place in own],
+            shared,
+            self.starts(slopes, scale)[own],
+            self.graph,
+            weights[own],
+            None if head_weights is None else head_weights[own],
+        )
 
 # %% ../../nbs/01_core/12_inputs.ipynb #981ae99b
 def _in_order(losses: Mapping, names: tuple | None, skip: bool = False) -> Mapping:

@@ -126,6 +126,26 @@ class MicroBatches:
             gradients = [row[i] * factor if i in row else _zeros(shared[i]) for i in positions]
             yield gradients, {leaf: gradient * of_heads for leaf, gradient in head.items()}
 
+    def weighted_sum(
+        self,
+        slopes: Tensor,  # [T], at the joined losses
+        weights: Tensor,  # of the tasks of the step, for the shared parameters
+        head_weights: Tensor | None,  # of the same tasks, for the heads; None: ones
+        shared: list[Tensor],
+        scale: GradScale,
+    ) -> dict:  # {leaf: scaled gradient}
+        "The weighted sum of the task gradients."
+        factors = scale.start(slopes / self.sizes)
+        total = {}
+        for place, t in enumerate(self.present):
+            of_shared = factors[t] * weights[place]
+            of_heads = factors[t] if head_weights is None else factors[t] * head_weights[place]
+            terms = {shared[i]: gradient * of_shared for i, gradient in self.rows[t].items()}
+            terms |= {leaf: gradient * of_heads for leaf, gradient in self.heads[t].items()}
+            for leaf, term in terms.items():
+                total[leaf] = total[leaf] + term if leaf in total else term
+        return total
+
 # %% ../../nbs/01_core/15_micro_batches.ipynb #09080b62
 def _zeros(parameter: Tensor) -> Tensor:
     "Zeros for a parameter that a task does not reach, in the dtype of the sums."

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['loss_edges', 'Graph', 'trace', 'boundary', 'TaskGradients', 'iterate_task_gradients', 'task_gradients',
-           'at_least_float32', 'widened']
+           'weighted_gradients', 'at_least_float32', 'widened']
 
 # %% ../../nbs/01_core/03_task_gradients.ipynb #e513cd5d
+import functools
 from typing import NamedTuple
 
 import torch
@@ -297,6 +298,68 @@ def task_gradients(
         rows.append(row)
         heads.append(head)
     return TaskGradients(rows, heads)
+
+# %% ../../nbs/01_core/03_task_gradients.ipynb #99cc938a
+def _weigh(places: list[int], weight: Tensor, cotangents, _) -> tuple:
+    "A hook: what leaves a node at these places, times the weight, in its own type."
+    weighed = list(cotangents)
+    for place in places:
+        cotangent = weighed[place]
+        if cotangent is not None:
+            weighed[place] = (cotangent * weight.to(cotangent.device)).to(cotangent.dtype)
+    return tuple(weighed)
+
+# %% ../../nbs/01_core/03_task_gradients.ipynb #ac5c434a
+def _weigh_at_crossings(graph: Graph, common: set, weights: Tensor) -> list:  # handles of hooks
+    "Let each task's weight be multiplied in where its graph enters the common part."
+    handles = []
+    for node, mask in graph.tasks.items():
+        if node in common or common.isdisjoint(child for child, _ in graph.edges[node]):
+            continue
+        places = [i for i, (child, _) in enumerate(node.next_functions) if child in common]
+        task = mask.bit_length() - 1
+        handles.append(node.register_hook(functools.partial(_weigh, places, weights[task])))
+    return handles
+
+# %% ../../nbs/01_core/03_task_gradients.ipynb #5414073a
+def weighted_gradients(
+    roots: list[GradientEdge],  # T, from `loss_edges`
+    shared: list[Tensor],  # P parameters
+    cotangents: Tensor,  # [T], one to start each task with
+    graph: Graph,  # from `trace`
+    weights: Tensor,  # [T] of the gradients of the shared parameters
+    head_weights: Tensor | None = None,  # [T] of the gradients of all other leaves; None: ones
+    retain_graph: bool = False,  # keep the graph for another use
+) -> dict[Tensor, Tensor]:  # {leaf: gradient}
+    "The weighted sum of the task gradients in one backward pass, exact for every weight."
+    inside = set(shared)
+    common = {node for node, mask in graph.tasks.items() if mask & (mask - 1)}
+    forgotten = [
+        leaf for leaf, mask in graph.leaves.items() if mask & (mask - 1) and leaf not in inside
+    ]
+    set_apart = set(forgotten)
+    leaves = [leaf for leaf in graph.leaves if leaf not in set_apart]
+    starts = [
+        start * weight.to(start.dtype) if root.node in common else start
+        for root, start, weight in zip(roots, cotangents, weights, strict=True)
+    ]
+    handles = _weigh_at_crossings(graph, common, weights)
+    try:
+        gradients = _grad(roots, leaves, starts, retain_graph or bool(forgotten))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for leaf, gradient in gradients.items():
+        mask = graph.leaves[leaf]
+        factors = weights if leaf in inside else head_weights
+        if not mask & (mask - 1) and factors is not None:
+            gradients[leaf] = gradient * factors[mask.bit_length() - 1].to(gradient)
+    if forgotten:
+        starts = cotangents
+        if head_weights is not None:
+            starts = cotangents * head_weights.to(cotangents)
+        gradients |= _grad(roots, forgotten, list(starts), retain_graph)
+    return gradients
 
 # %% ../../nbs/01_core/03_task_gradients.ipynb #c578af8b
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,7 @@ import json
 import re
 
 from ..core.checks import check_number, nearest_name
-from ..registry import hyperparameters
+from ..registry import settings_of
 
 # %% ../../nbs/10_experiments/05_method_labels.ipynb #d49ce0cb
 def method_label(
@@ -122,7 +122,7 @@ def check_settings(
     rate, hyper = split_learning_rate(hyper)
     if rate is not None:
         check_number(LEARNING_RATE, rate, above=0)
-    known = [] if method == "STL" else list(hyperparameters(method))
+    known = [] if method == "STL" else list(settings_of(method))
     for name in hyper:
         if name in known:
             continue

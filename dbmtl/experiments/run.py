@@ -53,7 +53,7 @@ from dbmtl.experiments.records import (
 from .replay import is_current
 from .terminal import parse_duration, text_table, until_signal
 from .train import check_seed, train
-from ..registry import hyperparameters, make_balancer, method_names
+from ..registry import make_balancer, method_names, settings_of
 
 # %% ../../nbs/10_experiments/12_run.ipynb #f6607d34
 def check_names(
@@ -126,7 +126,7 @@ def _wrong_setting(method: str, num_tasks: int, hyper: dict) -> str:
         try:
             _balancer(method, num_tasks, {name: value})
         except (TypeError, RuntimeError):
-            default = hyperparameters(method).get(name)
+            default = settings_of(method).get(name)
             return f"{method} does not take {name}={value!r}; the default is {default!r}"
     return f"{method} does not take {hyper} together"
 

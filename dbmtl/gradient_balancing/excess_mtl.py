@@ -33,6 +33,8 @@ def excess_risk(
 class ExcessMTL(GradientAggregator):
     "More weight for tasks far from their optimum, ExcessMTL (He et al., ICML 2024)."
 
+    gives_weights = True
+
     def __init__(
         self,
         step_size: float = 1e-2,  # eta of the exponentiated gradient step

@@ -115,6 +115,10 @@ class GradVac(TensorGramianAggregator):
         self.order = check_choice("order", order, ("random", "fixed"))
 
     @property
+    def gives_weights(self) -> bool:
+        return self.group == "model"
+
+    @property
     def at_features(self) -> bool:
         return self.group == "model"
 

@@ -281,6 +281,52 @@ def test_micro_batches_on_two_ranks_equal_one_process(pools, name):
     agree(pools(2).run(train, name, 3, accumulate=True), train(0, 1, name, 3))
 
 
+@pytest.mark.parametrize("name", ["DB-MTL", "CAGrad", "FairGrad", "GradNorm", "PCGrad"])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_kept_weights_on_two_ranks_equal_one_process(pools, name, accumulate):
+    ranks = pools(2).run(train, name, update_every=3, accumulate=accumulate)
+    agree(ranks, train(0, 1, name, update_every=3))
+
+
+def sums_of_a_step(rank, size):
+    """How many sums over the ranks each of six steps took, beside the exchange at its start."""
+    model = Net()
+    balancer = make("DB-MTL", model, update_every=3)
+    counts = []
+    plain = dist.all_reduce
+    for seed in range(6):
+        calls = []
+        dist.all_reduce = lambda *given, **options: calls.append(1) or plain(*given, **options)  # noqa: B023
+        try:
+            x, y, valid = part(batch(seed), rank, size)
+            balancer.backward(model.losses(model.features(x), y, valid), size=valid.sum(1))
+        finally:
+            dist.all_reduce = plain
+        counts.append(len(calls))
+    return counts
+
+
+def test_a_step_with_kept_weights_takes_one_sum_over_the_ranks(pools):
+    measured = 3 + 1  # a row a task, and the heads
+    assert pools(2).run(sums_of_a_step) == [[measured, 1, 1, measured, 1, 1]] * 2
+
+
+def other_options(rank, size):
+    model = Net()
+    balancer = make("DB-MTL", model, update_every=2 + rank)
+    x, y, valid = part(batch(0), rank, size)
+    balancer.backward(model.losses(model.features(x), y, valid), size=valid.sum(1))
+
+
+def test_ranks_with_unlike_cycles_are_refused(pools):
+    for _, error in pools(2).answers_of(other_options):
+        assert "rank 1 is not like rank 0: update_every is 3, there 2" in error
+
+
+def test_averages_in_place_on_two_ranks_equal_one_process(pools):
+    agree(pools(2).run(train, "DB-MTL", in_place=True), train(0, 1, "DB-MTL"))
+
+
 @pytest.mark.parametrize("name", ["DB-MTL", "PCGrad", "GradDrop", "RLW", "Nash-MTL", "MTAdam"])
 def test_twenty_steps_leave_all_ranks_equal_to_the_bit(pools, name):
     first, *others = pools(3).run(train, name, 20)
@@ -411,6 +457,15 @@ BAD = {
     dictionary_on_rank_1: "came as a list, and now as a dictionary",
     nothing_on_rank_1: "call that first",
 }
+
+
+@pytest.mark.parametrize("change", [nan_on_rank_1, failing_pass_on_rank_1, two_losses_on_rank_1])
+def test_a_bad_step_with_kept_weights_raises_on_all_ranks_and_changes_nothing(pools, change):
+    """The second step, which `change` spoils, has the weights of the first; so has the third."""
+    answers = pools(2).run(gradients_after, change, "DB-MTL", update_every=3)
+    for told, _, state in answers:
+        assert BAD[change] in told and state["step"] == 2 and state["kept"]["cheap_steps"] == 1
+    assert same(answers[0][1:], answers[1][1:])
 
 
 @pytest.mark.parametrize("name", ["DB-MTL", "EW", "MGDA-UB"])
