@@ -41,7 +41,7 @@ LAYERS = [
     "prepare",
     "replay",
 ]
-RESULTS = ("15_paper/", "16_studies/", "17_site/")  # folders of notebooks without a module
+RESULTS = ("15_paper/", "16_studies/", "17_site/", "18_recipes/")  # folders without modules
 EARLY = ("02_", "03_", "04_dbmtl")  # whose notebooks show their class early
 
 
