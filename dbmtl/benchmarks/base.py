@@ -40,10 +40,18 @@ class Task:
     loss: Callable  # (prediction, target) -> scalar tensor, a mean over the batch
     metrics: tuple[Metric, ...]  # what the meter computes, in the order of the tables
     meter: Callable  # () -> object with update(prediction, target) and compute() -> {metric: float}
+    count: Callable = len  # target -> how many numbers the loss is the mean of, for several ranks
 
     @property
     def directions(self) -> dict:  # {metric name: "up" or "down"}
         return {metric.name: metric.better for metric in self.metrics}
+
+    def local_meter(self):
+        "A fresh meter of what this process alone has seen, also where it is one of several ranks."
+        meter = self.meter()
+        if hasattr(meter, "distributed_available_fn"):  # torchmetrics would join those of all ranks
+            meter.distributed_available_fn = lambda: False
+        return meter
 
 # %% ../../nbs/09_benchmarks/01_base.ipynb #a4f8963d
 def constant_floor(
@@ -52,7 +60,7 @@ def constant_floor(
     target: Tensor,  # n targets of the split
 ) -> dict:  # {metric name: value}
     "The metrics of a constant predictor."
-    meter = task.meter()
+    meter = task.local_meter()
     meter.update(constant.expand(len(target), *constant.shape), target)
     return meter.compute()
 

@@ -32,7 +32,12 @@ def segmentation_loss(
 ) -> Tensor:
     "Mean cross-entropy over the labeled pixels; 0 where there are none."
     total = F.cross_entropy(_wide(prediction), target.long(), ignore_index=VOID, reduction="sum")
-    return total / (target != VOID).sum().clamp_min(1)
+    return total / _labeled_pixels(target).clamp_min(1)
+
+
+def _labeled_pixels(target: Tensor) -> Tensor:
+    "How many pixels the mean is taken over."
+    return (target != VOID).sum()
 
 # %% ../../nbs/09_benchmarks/05_dense_prediction.ipynb #46e28aa9
 def depth_loss(
@@ -41,9 +46,13 @@ def depth_loss(
 ) -> Tensor:
     "Mean absolute error over the valid pixels; 0 where there are none."
     check_same_shape(prediction, target)
-    valid = target != 0
-    masked = _wide(prediction).where(valid, target)
-    return F.l1_loss(masked, target, reduction="sum") / valid.sum().clamp_min(1)
+    masked = _wide(prediction).where(target != 0, target)
+    return F.l1_loss(masked, target, reduction="sum") / _valid_depths(target).clamp_min(1)
+
+
+def _valid_depths(target: Tensor) -> Tensor:
+    "How many pixels the mean is taken over."
+    return (target != 0).sum()
 
 # %% ../../nbs/09_benchmarks/05_dense_prediction.ipynb #f7aec5d1
 def _dot(a, b):
@@ -60,9 +69,15 @@ def normal_loss(
     n_hat = _wide(prediction).unbind(1)
     n = target.unbind(1)
     cosine = _dot(n_hat, n) * _dot(n_hat, n_hat).clamp_min(1e-12).rsqrt()
-    count = (_dot(n, n) > 0).sum()
+    count = _valid_normals(target)
     # rounding may give a cosine above 1, and the log transform refuses negative losses
     return ((count - cosine.sum()) / count.clamp_min(1)).clamp_min(0)
+
+
+def _valid_normals(target: Tensor) -> Tensor:
+    "How many pixels the mean is taken over."
+    n = target.unbind(1)
+    return (_dot(n, n) > 0).sum()
 
 # %% ../../nbs/09_benchmarks/05_dense_prediction.ipynb #dbc15f10
 class SegmentationMeter(Meter):
@@ -242,18 +257,21 @@ def dense_tasks(
             segmentation_loss,
             (Metric("mIoU", "up", "%"), Metric("PAcc", "up", "%")),
             functools.partial(SegmentationMeter, classes),
+            _labeled_pixels,
         ),
         "depth": Task(
             "depth",
             depth_loss,
             (Metric("AErr", "down", unit), Metric("RErr", "down", relative_unit)),
             functools.partial(DepthMeter, relative_factor),
+            _valid_depths,
         ),
         "normal": Task(
             "normal",
             normal_loss,
             (*angles, *shares),
             NormalMeter,
+            _valid_normals,
         ),
     }
     for name in names:
@@ -313,7 +331,7 @@ def dense_floors(
 ) -> dict:  # {task: {metric: value}}
     "The metrics of the constant predictions of a training split."
     constants = constant_predictions(tasks, train, batch)
-    meters = {task.name: task.meter() for task in tasks}
+    meters = {task.name: task.local_meter() for task in tasks}
     for targets in _targets(split, batch):
         for name, meter in meters.items():
             target = targets[name]

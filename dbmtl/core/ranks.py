@@ -10,6 +10,7 @@ __all__ = ['PendingSum', 'Heads', 'Ranks', 'numbers_of_part', 'JoinedLosses', 'j
 import builtins
 import gc
 import io
+import pickle
 import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -172,6 +173,12 @@ class Ranks:
         dist.all_gather(told, mine, group=self.group)
         return torch.stack(told).cpu()
 
+    def any(self, flag: bool) -> bool:
+        "Is it so on any rank? All ranks get the same answer."
+        if self.size == 1:
+            return flag
+        return bool(self._exchange([flag])[:, 0].any())
+
     def gather(self, thing) -> list:
         "One picklable object of each rank."
         things = [None] * self.size
@@ -186,6 +193,25 @@ class Ranks:
         first = dist.get_global_rank(self.group or dist.group.WORLD, 0)
         dist.broadcast_object_list(holder, src=first, group=self.group)
         return torch.load(io.BytesIO(holder[0]), map_location="cpu", weights_only=False)
+
+    def on_first(
+        self,
+        compute: Callable,  # without arguments; may raise
+    ):
+        "Compute on the first rank alone; what it returns or raises there, all ranks do."
+        if self.size == 1:
+            return compute()
+        result = None
+        error = None
+        if self.rank == 0:
+            try:
+                result = compute()
+            except Exception as problem:
+                error = problem
+        result, told = self.of_first((result, _sendable(error)))
+        if told is not None:
+            raise error or told
+        return result
 
     def raise_together(self, call: str, error: Exception | None):
         "Raise on every rank, because one of them failed or is somewhere else."
@@ -339,6 +365,15 @@ class Ranks:
         own = {leaf: g for leaf, g in gradients.items() if id(leaf) not in numbered}
         pairs = zip(leaves, sums, had, strict=True)
         return own | {leaf: total for leaf, total, is_there in pairs if is_there}
+
+# %% ../../nbs/01_core/11_ranks.ipynb #e6fe17fb
+def _sendable(error: Exception | None) -> Exception | None:
+    "The error, or where it cannot be sent to another process, its words."
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 # %% ../../nbs/01_core/11_ranks.ipynb #89899073
 def numbers_of_part(

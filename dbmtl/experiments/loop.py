@@ -8,17 +8,22 @@ __all__ = ['MONITOR_DIGITS', 'Ended', 'Loop', 'loop_state', 'load_loop_state']
 # %% ../../nbs/10_experiments/09_loop.ipynb #b16d63a2
 import contextlib
 import copy
+import inspect
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from ..core.epoch_means import EpochMeans
+from ..core.ranks import Ranks, join_losses, numbers_of_part
+from ..core.transform import Memory
 from .epoch_selection import improvements
 from .method_labels import split_learning_rate
 from .records import round_numbers
 from dbmtl.experiments.step import (
     draw,
+    draw_share,
     epoch_batches,
     epoch_steps,
     evaluate,
@@ -73,6 +78,13 @@ def _is_of_the_machine(error) -> bool:
     return any(message in str(error) for message in messages)
 
 # %% ../../nbs/10_experiments/09_loop.ipynb #73b883de
+class _Joined(NamedTuple):
+    "The losses of the batch that all ranks have together."
+
+    losses: torch.Tensor  # [T]
+    shares: list | None = None  # T, this rank's part of the counts behind them; None: one process
+
+
 class Loop:
     "One network in training; with the random state, `loop_state` is all that its next step needs."
 
@@ -100,6 +112,10 @@ class Loop:
         torch.manual_seed(seed)  # initial weights, then dropout
         self.model = benchmark.network(scale, data, self.names).to(device).train()
         options = benchmark.balancing | hyper
+        self.ranks = Ranks(width=16 + 9 * len(tasks))
+        self.ranks.device = torch.device(device)
+        if self.ranks.size > 1:  # heads are told apart by name
+            options["model"] = self.model
         self.balancer = make_balancer(
             method, shared=self.model.trunk, num_tasks=len(tasks), **options
         )
@@ -119,14 +135,25 @@ class Loop:
         # An epoch of a single-task network has the steps of a multi-task epoch.
         batch_size = scale.batch_size
         self.steps = epoch_steps(data.train, benchmark.tasks, batch_size, benchmark.drop_last)
-        for part in (*self.balancer.transform.modules(), *self.balancer.aggregator.modules()):
+        parts = (*self.balancer.transform.modules(), *self.balancer.aggregator.modules())
+        for part in parts:
             if isinstance(part, EpochMeans):
                 part.patience = max(part.patience, self.steps + 1)
+        if self.ranks.size > 1:
+            self._start_streams(parts, seed)
 
         self.rows = []  # what `end_epoch` measured, an epoch each
         self.monitors = {}  # what `step` saw when it was told to look
         self.losses = None  # of the last step, [T]
         self._start_epoch()
+
+    def _start_streams(self, parts, seed: int):
+        "The streams of the method's parts are the same on all ranks, those of dropout are not."
+        for part in parts:
+            if _draws(part) and part.seed is None:
+                part.seed = int(torch.randint(2**31, ()))  # as it would at its first draw
+        if self.ranks.rank > 0:
+            torch.manual_seed(seed + 1_000_003 * self.ranks.rank)
 
     def _start_epoch(self):
         self.order_states = [generator.get_state() for generator in self.generators]
@@ -167,18 +194,22 @@ class Loop:
         # Draw the samples, augmentation included, once: the second look below sees the same.
         self.losses = None
         batches = [self._batch_at_position(order) for order in self.orders]
-        samples = [draw(self.data.train, batch) for batch in batches]
+        samples, counts = self._draw(batches)
 
         # The losses of each batch; the first batch is the one that everybody reports.
-        losses, features = self._forward(samples)
-        self.losses = torch.stack([loss.detach() for loss in losses[0]])
+        (losses, features), joined = self._joined(lambda: self._forward(samples), counts)
+        self.losses = joined.losses
 
         # The monitor looks before the balancer, whose backward pass frees the graph.
-        seen = gradient_monitor(losses[0], list(self.model.trunk.parameters())) if monitor else None
+        seen = None
+        if monitor:
+            shared = list(self.model.trunk.parameters())
+            seen = gradient_monitor(losses[0], shared, self.ranks, joined.shares)
 
         # The balancer takes the place of `loss.backward()`: it fills the gradients.
         with _errors_of_the_method(self._by_task(self.losses)):
-            self.balancer.backward(*map(self._by_task, losses), scaler=self.scaler, **features)
+            balanced = map(self._by_task, losses)
+            self.balancer.backward(*balanced, size=counts, scaler=self.scaler, **features)
 
         # The step itself. A finished step counts, whatever the second look finds.
         self._move()
@@ -188,7 +219,7 @@ class Loop:
 
         # A method that judges its step sees the losses of the same samples after it.
         if self.balancer.transform.looks_again:
-            self._look_again(samples[0])
+            self._look_again(samples[0], counts)
         self.position += 1
 
     def _by_task(self, losses) -> dict:
@@ -197,6 +228,36 @@ class Loop:
 
     def _batch_at_position(self, order) -> dict:
         return {name: batches[self.position] for name, batches in order.items()}
+
+    def _draw(self, batches: list) -> tuple:
+        """The samples of each batch, of which a rank takes its share.
+
+        With several ranks also the T counts behind this rank's mean losses of the first batch.
+        """
+        train = self.data.train
+        rank = self.ranks.rank
+        size = self.ranks.size
+        if size == 1:
+            return [draw(train, batch) for batch in batches], None
+        drawn = [draw_share(train, self.tasks, batch, rank, size) for batch in batches]
+        return [samples for samples, _ in drawn], drawn[0][1]
+
+    def _joined(self, forward, counts) -> tuple:
+        "What `forward` gives on this rank, and `_Joined` of its first batch on all of them."
+
+        def values(result):
+            return torch.stack([loss.detach() for loss in result[0][0]])
+
+        def report(result):
+            return numbers_of_part(counts, values(result), [False] * len(self.tasks))
+
+        call = f"the forward pass of step {len(self.rows) * self.steps + self.position}"
+        result, told = self.ranks.agreed(call, forward, report)
+        if told is None:
+            return result, _Joined(values(result))
+        whole = join_losses(told)
+        shares = whole.counts[self.ranks.rank] / whole.counts.sum(0)
+        return result, _Joined(whole.losses.to(self.device), shares.tolist())
 
     def _forward(self, samples) -> tuple:
         "The losses of each batch, and the trunk's output as the keyword that the balancer takes."
@@ -229,8 +290,12 @@ class Loop:
         )
 
     @torch.no_grad()
-    def _look_again(self, samples):
-        losses = self._by_task(task_losses(self.model, self.tasks, samples))
+    def _look_again(self, samples, counts):
+        def forward():
+            return [task_losses(self.model, self.tasks, samples)], {}
+
+        _, joined = self._joined(forward, counts)
+        losses = self._by_task(joined.losses)
         with _errors_of_the_method(losses):
             self.balancer.after_step(losses)
 
@@ -238,7 +303,7 @@ class Loop:
         "Measure, move the schedule on, and start the next epoch."
         # The one read of the host: mean training losses, and metrics on the held-out splits.
         means = self.sums / self.steps
-        row = self._measured(means)
+        row = self.ranks.on_first(lambda: self._measured(means))
         not_finite = _first_not_finite(row)
         if not_finite:
             reason = f"{not_finite} at the end of epoch {len(self.rows) + 1}"
@@ -264,6 +329,13 @@ class Loop:
         return row
 
 # %% ../../nbs/10_experiments/09_loop.ipynb #9e444bf0
+def _draws(part) -> bool:
+    "Does a part of a method draw random numbers? Its class takes a seed, not only its base."
+    kind = type(part)
+    takes_seed = "seed" in inspect.signature(kind).parameters
+    return isinstance(part, Memory) and "__init__" in vars(kind) and takes_seed
+
+
 def _grad_scaler(scale, device):
     "A gradient scaler for fp16, in which small gradients would vanish; else None."
     if scale.extra.get("precision") != "fp16":

@@ -164,6 +164,8 @@ def _benchmark_of(record, benchmark=None):
     config = record["config"]
     if record["device"].startswith("cuda"):
         raise CannotReplay("it was made on a GPU")
+    if record.get("ranks", 1) > 1:
+        raise CannotReplay(f"it was made by {record['ranks']} ranks")
     sizes = {name: value for name, value in config["scale"].items() if name != "name"}
     try:
         benchmark = get_benchmark(benchmark or config["benchmark"])

@@ -6,6 +6,7 @@
 __all__ = ['check_seed', 'Run', 'resume', 'learning_curves', 'make_record', 'train']
 
 # %% ../../nbs/10_experiments/10_train.ipynb #d9979875
+import contextlib
 import math
 import time
 import warnings
@@ -16,6 +17,7 @@ import torch
 from ..benchmarks.base import get_benchmark
 from ..core.checks import check_whole
 from ..core.progress import progress_bar
+from ..core.ranks import Ranks
 from dbmtl.experiments.checkpoints import (
     UnusableCheckpoint,
     checkpoint_files,
@@ -35,7 +37,7 @@ from dbmtl.experiments.records import (
     runs_folder,
     write_record,
 )
-from .step import epoch_steps, run_notes
+from .step import epoch_steps, rank_notes, run_notes
 
 # %% ../../nbs/10_experiments/10_train.ipynb #7ea9e201
 def check_seed(
@@ -96,6 +98,11 @@ class Run:
         options = {"device": self.device, "hyper": self.hyper}
         self.loop = Loop(self.benchmark, self.data, tasks, method, self.seed, self.scale, **options)
 
+    @property
+    def ranks(self) -> Ranks:
+        "The processes that train this run together."
+        return self.loop.ranks
+
     def advance(self):
         "One optimizer step, and what is due after it; raises Ended where it cannot go on."
         began = time.perf_counter()
@@ -113,9 +120,9 @@ class Run:
                 self.start_network(len(self.rows))
 
     def state_dict(self) -> dict:
-        "What `resume` needs: plain values and tensors."
+        "What `resume` needs: plain values and tensors. All ranks call it; the first one stores it."
         is_cuda = torch.device(self.device).type == "cuda"
-        return {
+        state = {
             "identity": self.identity,
             "config": self.config,
             "device": str(self.device),
@@ -128,6 +135,9 @@ class Run:
             "cuda": torch.cuda.get_rng_state(self.device) if is_cuda else None,
             "loop": loop_state(self.loop),
         }
+        if self.ranks.size > 1:
+            state["ranks"] = self.ranks.gather({name: state[name] for name in ("rng", "cuda")})
+        return state
 
 # %% ../../nbs/10_experiments/10_train.ipynb #d3f669ee
 def resume(
@@ -137,9 +147,11 @@ def resume(
 ):
     """Bring a new run to where a stored one stopped, random state included.
 
-    Raises UnusableCheckpoint for the state of another run, or of another kind of device.
+    Raises UnusableCheckpoint for the state of another run, of another kind of device, or of
+    another number of ranks.
     """
     missing = [name for name in _STATE if name not in state]
+    random_states = state.get("ranks", [state])
     if missing:
         raise UnusableCheckpoint(
             f"{path} lacks {', '.join(missing)}: delete it, or use --fresh, to start again"
@@ -154,6 +166,11 @@ def resume(
         raise UnusableCheckpoint(
             f"{path} was made on {state['device']}, not {run.device}: go on there, or use --fresh"
         )
+    if len(random_states) != run.ranks.size:
+        raise UnusableCheckpoint(
+            f"{path} was made by {len(random_states)} ranks, not {run.ranks.size}: "
+            "go on with as many, or use --fresh"
+        )
     run.rows = state["rows"]
     run.step = state["step"]
     run.monitor_every = state["monitor_every"]
@@ -165,9 +182,10 @@ def resume(
     if len(run.rows) < len(run.parts):
         run.start_network(len(run.rows))
     load_loop_state(run.loop, state["loop"])
-    torch.set_rng_state(state["rng"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], run.device)
+    own = random_states[run.ranks.rank]
+    torch.set_rng_state(own["rng"])
+    if own["cuda"] is not None:
+        torch.cuda.set_rng_state(own["cuda"], run.device)
 
 
 _STATE = (  # of `Run.state_dict`
@@ -220,8 +238,13 @@ def make_record(
     loop = run.loop
     shared = sum(parameter.numel() for parameter in loop.model.trunk.parameters())
     total = sum(parameter.numel() for parameter in loop.model.parameters())
-    notes = [*getattr(loop.model, "notes", []), *run_notes(loop.balancer, loop.optimizer)]
-    return {
+    size = run.ranks.size
+    notes = [
+        *getattr(loop.model, "notes", []),
+        *run_notes(loop.balancer, loop.optimizer),
+        *rank_notes(loop.model, run.data.train, size),
+    ]
+    record = {
         "identity": run.identity,
         "config": run.config,
         "data": data,
@@ -243,6 +266,7 @@ def make_record(
         "monitors": loop.monitors,
         "curves": learning_curves(rows),
     }
+    return record | {"ranks": size} if size > 1 else record
 
 # %% ../../nbs/10_experiments/10_train.ipynb #d5327008
 def train(
@@ -274,10 +298,12 @@ def train(
 
     with _random_state_kept(device):
         run = Run(benchmark, method, seed, scale, device, hyper, data, monitor_every)
+        ranks = run.ranks
         path = checkpoint_path(checkpoints, run.identity)
-        with checkpoint_lock(path):
+        with contextlib.ExitStack() as held:
+            ranks.on_first(lambda: held.enter_context(checkpoint_lock(path)))
             # Start, or go on from the checkpoint.
-            stored = None if fresh else load_checkpoint(path)
+            stored = None if fresh else ranks.on_first(lambda: load_checkpoint(path))
             if stored is not None:
                 resume(run, stored, path)
             first_step = run.step
@@ -285,20 +311,27 @@ def train(
 
             def must_stop():
                 is_time_up = run.step > first_step and time.monotonic() >= deadline
-                return is_time_up or (stop is not None and stop())
+                return ranks.any(is_time_up or (stop is not None and stop()))
 
             # Train until the end, or as far as it goes.
             name = f"{benchmark.name} {method} seed {seed}"
-            with progress_bar(run.steps, name, initial=run.step, shown=progress) as advance_bar:
+            shown = progress if ranks.rank == 0 else False
+            with progress_bar(run.steps, name, initial=run.step, shown=shown) as advance_bar:
                 state, reason = _drive(run, must_stop, storage.store_if_due, advance_bar)
 
             # Leave a checkpoint or a record, never both.
             if state == "stopped":
                 storage.store()
-                return _stopped(run, run.step - first_step, storage.error)
-            record = read_record(_write(make_record(run, state, reason), out, name))
-            for file in checkpoint_files(path):
-                file.unlink()
+                steps_now = run.step - first_step
+                return ranks.on_first(lambda: _stopped(run, steps_now, storage.error))
+
+            def finish():
+                record = read_record(_write(make_record(run, state, reason), out, name))
+                for file in checkpoint_files(path):
+                    file.unlink()
+                return record
+
+            record = ranks.on_first(finish)
     return record | {"steps_now": run.step - first_step}
 
 # %% ../../nbs/10_experiments/10_train.ipynb #01b81a77
@@ -344,15 +377,18 @@ class _Storage:
         "To be called after each step."
         run = self.run
         is_due = time.monotonic() - self.stored_at >= self.seconds
-        is_due = is_due or (self.steps and run.step % self.steps == 0)
-        if is_due and run.step < run.steps:
+        is_due = is_due or (self.steps > 0 and run.step % self.steps == 0)
+        if run.step < run.steps and run.ranks.any(is_due):
             self.store()
 
     def store(self):
-        "Write a checkpoint, or note why there is none."
+        "Write a checkpoint, or note why there is none; of several ranks the first one does."
         self.stored_at = time.monotonic()
+        state = self.run.state_dict()
+        if self.run.ranks.rank > 0:
+            return
         try:
-            save_checkpoint(self.path, self.run.state_dict())
+            save_checkpoint(self.path, state)
             self.error = ""
         except OSError as error:
             self.error = f"the checkpoint {self.path} cannot be written: {error}"
