@@ -353,6 +353,7 @@ class Balancer:
                 scale_gradients = scale.rescale([*scale_gradients, *step.choice.scales])
                 # scales of the aggregator, which come last, learn in measured steps only
                 step.pending.add(learned_scales[: len(scale_gradients)], scale_gradients)
+            self.aggregator.to_cpu()  # losses that were to be checked, and rode in no transfer
             # write: from here on nothing can fail
             step.pending.write()
         self._finish_step(batch, slope, step, learned_scales)

@@ -214,6 +214,23 @@ def test_a_bad_loss_is_refused_and_changes_nothing(elsewhere, name):
     elsewhere(refuse, name)
 
 
+def refuse_between_measured_steps(name):
+    model, balancer, reads = stepped(name, accelerator.NAME, 4, update_every=4)
+    assert [len(of_step) for of_step in reads[1:]] == [1, 1, 1]
+    step(balancer, model, 4)  # measured
+    for p in model.parameters():
+        p.grad = None
+    with pytest.raises(FloatingPointError, match="the loss of task 1 is nan"):
+        step(balancer, model, 5, lambda losses, _: [losses[0], losses[1] * torch.nan, losses[2]])
+    assert all(p.grad is None for p in model.parameters())
+    step(balancer, model, 5)
+
+
+@pytest.mark.parametrize("name", ["DB-MTL", "CAGrad"])
+def test_a_bad_loss_is_refused_between_measured_steps(elsewhere, name):
+    elsewhere(refuse_between_measured_steps, name)
+
+
 def products(scale):
     rows = [[torch.tensor([3.0, 4.0]) * scale], [torch.tensor([-1.0, 0.5]) * scale]]
     there = [[g.to(accelerator.NAME) for g in row] for row in rows]
