@@ -258,7 +258,8 @@ between processes of one machine go through memory: to save them saves little ti
 copies that shards need take some.
 
 What one call sends on the wire, in units of the whole buffer. A reduce-scatter of
-gloo sends as much as an all-reduce, so the mode exchanges the shards by `all_to_all_single` and adds up what arrives:
+gloo sends as much as an all-reduce, so the mode exchanges the shards by
+`all_to_all_single` and adds up what arrives:
 
 {table(["ranks", *names], singly)}
 """

@@ -181,6 +181,21 @@ def test_other_dtypes(pools, dtype, rtol):
             assert (a - b).float().norm() < rtol * b.float().norm()
 
 
+def scaled(rank, size, sync):
+    model = Net()
+    balancer = make("CAGrad", model, sync=sync)
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    for seed in range(2):
+        x, y, valid = part(batch(seed), rank, size)
+        losses = model.losses(model.features(x), y, valid)
+        balancer.backward(losses, size=valid.sum(1), scaler=scaler)
+    return model.grads(), tensors(balancer.gathered_state_dict())
+
+
+def test_a_scaler(pools):
+    agree(pools(2).run(scaled, "shard"), scaled(0, 1, "all"))
+
+
 def infinite(rank, size):
     """In the second step one rank's gradient overflows."""
     model = Net()
