@@ -46,6 +46,7 @@ class DBMTL(Balancer):
             measured steps only, and its k counts them.
         in_place: averages take T rows less memory, and an error in a pass tears them; see
             `Balancer`.
+        sync: with "shard", each of W ranks keeps a W-th of rows and averages; see `Balancer`.
 
     Raises ValueError for a number out of range, TypeError for an option that does not exist and
     for what is no parameter in `shared`.

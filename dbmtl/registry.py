@@ -281,6 +281,7 @@ def make_balancer(
     process_group: Any = None,  # see Balancer
     update_every: int | None = None,  # see Balancer; None: 1, or the default of a method's own
     in_place: bool = False,  # see Balancer
+    sync: str = "all",  # see Balancer
     **hyper: Any,  # the method's own hyper-parameters: see `hyperparameters`
 ) -> Balancer:
     """A balancer by the name its method has in the paper's tables.
@@ -290,7 +291,7 @@ def make_balancer(
             of a gradient method is a suffix, "CAGrad+log".
         shared: what all tasks share: a module, or parameters in an iterable, which is read once.
         num_tasks: how many losses a step has, T.
-        grads, check, model, missing, process_group, in_place: as in `Balancer`.
+        grads, check, model, missing, process_group, in_place, sync: as in `Balancer`.
         update_every: as in `Balancer`; `settings_of(name)` tells whether the method takes it.
             Nash-MTL has an option of this name of its own, which does the same, and IGBv2 one for
             its agent.
@@ -320,6 +321,7 @@ def make_balancer(
         process_group=process_group,
         update_every=1 if update_every is None else update_every,
         in_place=in_place,
+        sync=sync,
     )
 
 # %% ../nbs/05_registry.ipynb #b87503a3

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StepGradients', 'Choice', 'Aggregator', 'LossWeighting', 'NormAggregator', 'GramianAggregator',
            'CrossGramianAggregator', 'TensorNormAggregator', 'TensorGramianAggregator', 'GradientAggregator',
-           'FeatureAggregator', 'why_not_kept', 'KeptWeights']
+           'FeatureAggregator', 'why_not_kept', 'KeptWeights', 'why_not_sharded']
 
 # %% ../../nbs/01_core/09_aggregator.ipynb #93d59572
 from collections.abc import Callable
@@ -31,14 +31,24 @@ class StepGradients:
     tasks: list[int] | None = None  # to which the rows belong; None: all tasks
     over_ranks: Callable | None = None  # sums a tensor; None: every rank has the whole rows
 
-    def norms(self) -> Tensor:  # [T]
+    def norms(
+        self,
+        pieces: list[Tensor] | None = None,  # T * P `tensor_lengths`, where they were taken already
+    ) -> Tensor:  # [T]
         "The length of each row, measured at most once."
         if self.lengths is None:
-            lengths = norms(self.rows)
-            if self.over_ranks is not None:
-                lengths = self.over_ranks(lengths.double().square()).sqrt().to(lengths.dtype)
-            self.lengths = lengths
+            self.lengths = self._whole_lengths(norms(self.rows, pieces))
         return self.lengths
+
+    def tensor_norms(self) -> Tensor:  # [T, P]
+        "The length of each tensor of each row."
+        return self._whole_lengths(tensor_norms(self.rows))
+
+    def _whole_lengths(self, lengths: Tensor) -> Tensor:
+        "From the lengths of what each rank has, those of the whole; squares are summed in float64."
+        if self.over_ranks is None:
+            return lengths
+        return self.over_ranks(lengths.double().square()).sqrt().to(lengths.dtype)
 
     def summed(self, products: Tensor) -> Tensor:
         "Inner products of rows of which each rank has some coordinates, summed over the ranks."
@@ -68,6 +78,7 @@ class Aggregator(Memory):
     weights_heads = False  # do the weights multiply the heads' gradients too?
     moves_alone = False  # does it write finished updates, for plain SGD? See `of_heads`
     max_norm: float | None = None  # a longer direction is shortened to this
+    takes_shards = False  # is all that it measures a sum over the coordinates of the gradients?
     can_skip_tasks = False  # has a step a meaning in which some tasks have no gradient?
     tasks: list[int] | None = None  # those of the rows in this step; None: all
     unchecked: tuple = ()  # pairs (numbers, check) of this step, for the next transfer to the CPU
@@ -187,6 +198,7 @@ class LossWeighting(Aggregator):
 
     needs_gradients = False
     weights_heads = True
+    takes_shards = True
 
 # %% ../../nbs/01_core/09_aggregator.ipynb #bcc57d01
 class NormAggregator(Aggregator):
@@ -195,6 +207,7 @@ class NormAggregator(Aggregator):
     gives_weights = True
     at_features = True
     judges_infinity = True
+    takes_shards = True
 
     def measure(self, gradients: StepGradients) -> Tensor:  # [T]
         return gradients.norms()
@@ -209,6 +222,7 @@ class GramianAggregator(Aggregator):
     gives_weights = True
     at_features = True
     solves_on_host = True
+    takes_shards = True
 
     def measure(self, gradients: StepGradients) -> Tensor:  # [T, T]
         return gradients.summed(gramian(gradients.rows))
@@ -236,8 +250,10 @@ class CrossGramianAggregator(Aggregator):
 class TensorNormAggregator(Aggregator):
     "A weight for each tensor: `forward(norms [T, P], losses, positions)` -> [T, P]."
 
+    takes_shards = True
+
     def measure(self, gradients: StepGradients) -> Tensor:  # [T, P]
-        return tensor_norms(gradients.rows)
+        return gradients.tensor_norms()
 
     def is_finite(self, measured: Tensor) -> Tensor:
         return measured.isfinite().all(1)
@@ -253,6 +269,7 @@ class TensorGramianAggregator(Aggregator):
     "From a Gramian for each tensor: `forward(M [P, T, T] float64, losses, positions)` -> [T, P]."
 
     solves_on_host = True
+    takes_shards = True
 
     def measure(self, gradients: StepGradients) -> Tensor:  # [P, T, T]
         return gradients.summed(tensor_gramians(gradients.rows))
@@ -343,3 +360,17 @@ class KeptWeights(NamedTuple):
     def used(self) -> "KeptWeights":
         "What is left after a step."
         return self._replace(steps_left=self.steps_left - 1)
+
+# %% ../../nbs/01_core/09_aggregator.ipynb #dd408847
+def why_not_sharded(
+    aggregator: Aggregator,
+    level: str = "parameters",  # at which it balances
+) -> str:  # "" if it takes shards
+    "Why a method cannot work with a shard of each gradient on each rank."
+    if level == "features":
+        return "at level='features' there are no rows of parameter gradients to shard"
+    if aggregator.num_batches > 1:
+        return "it takes inner products between the whole gradients of several batches"
+    if not aggregator.takes_shards:
+        return "it reads whole gradients, not their norms or inner products"
+    return ""

@@ -12,7 +12,7 @@ import functools
 import itertools
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -25,6 +25,7 @@ from dbmtl.core.aggregator import (
     KeptWeights,
     StepGradients,
     why_not_kept,
+    why_not_sharded,
 )
 from .checks import check_choice, check_whole
 from .ema import EMA
@@ -47,6 +48,8 @@ from .micro_batches import MicroBatches, read_sizes
 from .partition import Partition
 from dbmtl.core.ranks import (
     Ranks,
+    Shards,
+    WholeRows,
     check_alike,
     check_wrappers,
     join_losses,
@@ -130,6 +133,24 @@ def _check_update_every(aggregator: Aggregator, update_every: int, level: str) -
         raise ValueError(f"update_every={update_every} has no meaning for {name}: {reason}")
     return update_every
 
+
+def _check_sync(aggregator: Aggregator, sync: str, level: str, in_place: bool) -> str:
+    "What each rank gets of a row; ValueError where a method cannot do with a shard."
+    check_choice("sync", sync, ("all", "shard"))
+    if sync == "all":
+        return sync
+    name = type(aggregator).__name__
+    reason = why_not_sharded(aggregator, level)
+    if reason:
+        raise ValueError(f"sync='shard' cannot be had with {name}: {reason}")
+    if in_place:
+        raise ValueError(
+            "sync='shard' cannot be had with in_place=True: an average is kept where the norm of "
+            "its whole row is finite, which is known when all rows were summed; a shard of it "
+            "takes 1 / W of the memory"
+        )
+    return sync
+
 # %% ../../nbs/01_core/16_balancer.ipynb #ca487a78
 class _Step(NamedTuple):
     "What a step will write and remember, before anything is written."
@@ -141,6 +162,15 @@ class _Step(NamedTuple):
     cosines: Tensor | None = None  # [T, T], where they were asked for
     kept: KeptWeights | None = None  # for the steps that follow
     is_measured: bool = True  # False: the weights are those of an earlier step
+
+
+class _Answer(NamedTuple):
+    "What follows from the task gradients of a step, of the rows or of this rank's shards."
+
+    choice: Choice
+    direction: list[Tensor]
+    averages: dict  # {task: {position: average}}
+    cosines: Tensor | None
 
 
 class _Part(NamedTuple):
@@ -197,6 +227,7 @@ class BalancerOptions(TypedDict, total=False):
     process_group: Any  # the ranks that share a step
     update_every: int  # steps for which weights are used
     in_place: bool  # are averages updated before the whole step has succeeded?
+    sync: str  # what each rank gets of a row, "all" or a "shard" of it
 
 # %% ../../nbs/01_core/16_balancer.ipynb #c3a7d0a9
 class Balancer:
@@ -226,6 +257,10 @@ class Balancer:
         in_place: update each average as its task's pass ends, for T rows less memory. If a step
             raises halfway, the averages are torn, and `backward` refuses to go on until a state is
             loaded or `reset_averages` is called. By default an error changes nothing.
+        sync: on several ranks, "all" (default): every rank gets each task's whole row; "shard": a
+            W-th of it, and of the averages, with (T + 1) / 2T of the traffic. For methods that
+            need norms or inner products, or weigh losses; the same numbers up to rounding. The
+            state is then gathered by `gathered_state_dict`. One rank: no difference.
 
     After a step: `slopes` [T] of the loss axis, `weights` [T] of the gradient axis (None where a
     method has none), `nonfinite` [T], the number of steps in which a gradient was not finite.
@@ -254,6 +289,7 @@ class Balancer:
         process_group: Any = None,  # whose batches are one; None: the default; False: no other
         update_every: int = 1,  # steps for which weights are used; between, a step is one pass
         in_place: bool = False,  # update averages in place: T rows less, torn by an error
+        sync: str = "all",  # of each row a rank gets "all", or a "shard", with less traffic
     ):
         self.num_tasks = check_whole("num_tasks", num_tasks)
         self.grads = check_choice("grads", grads, ("loop", "split", "batched"))
@@ -265,6 +301,7 @@ class Balancer:
         self.in_place = check_choice("in_place", in_place, (False, True))
         if in_place and ema is None:
             raise ValueError("in_place=True is about averages, and this method has none")
+        self.sync = _check_sync(aggregator, sync, level, in_place)
         aggregator.set_tasks(num_tasks, None)
         self.transform = transform
         self.aggregator = aggregator
@@ -296,6 +333,7 @@ class Balancer:
         self._bad_losses: Tensor | None = None  # [T] bool, with check="later"
         self._missed = torch.zeros(num_tasks, dtype=torch.long)  # steps without a loss
         self.ranks = Ranks(process_group, width=16 + 9 * num_tasks)
+        self._mode = Shards(self.ranks) if self.sync == "shard" else WholeRows(self.ranks)
         self._kept: KeptWeights | None = None  # with update_every > 1, after a measured step
         self._cheap_steps = 0  # finished steps that were not measured
         self._has_met = False  # do the ranks know that they start from the same state?
@@ -362,6 +400,7 @@ class Balancer:
     def _read_step(self, given: tuple, size, missing: str | None, features, scaler) -> _Read:
         "What `backward` was given, read and checked on this rank."
         self._refuse_torn_averages()
+        self._mode.check()
         scale = GradScale(scaler, self.shared[0].device)
         skip = check_choice("missing", missing or self.missing, ("raise", "skip")) == "skip"
         if given[0] is None:
@@ -542,7 +581,9 @@ class Balancer:
         "Where this rank is in the program."
         given = [option is not None for option in options]
         step = "" if isinstance(self.step, Tensor) else f", step {self.step}"
-        return f"{name}{step}, {self.num_tasks} tasks, names {self._names}, {given}"
+        # of shards, the cosines are a sum over the ranks
+        cosines = ", with_cosines" if self.with_cosines and self.sync == "shard" else ""
+        return f"{name}{step}, {self.num_tasks} tasks, names {self._names}, {given}{cosines}"
 
     @property
     def _memories(self) -> list[Memory]:
@@ -571,6 +612,8 @@ class Balancer:
             inside = set(self.shared)
             ranks.heads.leaves.extend(p for p in labels if p not in inside)
         self._wrappers = wrappers(self.shared)
+        if self.ema and self._mode.cut_for == 1:
+            self.ema.rows = self._mode.cut(self.ema.rows)
         self._has_met = True
         return ranks
 
@@ -584,6 +627,7 @@ class Balancer:
         return self._identity() | {
             "step": int(self.step),
             "update_every": self.update_every,
+            "sync": self.sync,
             "steps that use the weights": 0 if self._kept is None else self._kept.steps_left,
             "names": names,
             "model": heads,
@@ -755,6 +799,21 @@ class Balancer:
             sides.append(self._gather(other, other_slope, scale, everywhere=True))
         gradients, heads = self._gather(batch, slope, scale)
         gradients.earlier = tuple(side.rows for side, _ in sides)
+        answer = self._mode.together(lambda: self._answer(gradients, batch))
+        choice = answer.choice
+        moved = [self.shared[i] for i in gradients.positions]
+        direction = self._mode.whole(answer.direction, moved)
+        kept = self._to_keep(choice, batch.tasks)
+        step = _Step(choice, PendingGradients(), heads, answer.averages, answer.cosines, kept)
+        heads_of_batches = [*(side_heads for _, side_heads in sides), heads]
+        self._add_heads(heads_of_batches, choice, scale, step.pending)
+        is_fresh = choice.direction is None
+        self._add_direction(gradients.positions, direction, is_fresh, scale, step.pending)
+        self.transform.advance(batch.values)
+        return step
+
+    def _answer(self, gradients: StepGradients, batch) -> _Answer:
+        "The method's answer to the task gradients, and what becomes of the averages."
         choice = self.aggregator.choose(gradients, self._losses(batch))
         averages = {}
         if self.ema:
@@ -766,15 +825,10 @@ class Balancer:
         direction = choice.direction
         if direction is None:
             direction = combine(gradients.rows, choice.weights)
-        cosines = cosines_between(gradients.rows) if self.with_cosines else None
-        kept = self._to_keep(choice, batch.tasks)
-        step = _Step(choice, PendingGradients(), heads, averages, cosines, kept)
-        heads_of_batches = [*(side_heads for _, side_heads in sides), heads]
-        self._add_heads(heads_of_batches, choice, scale, step.pending)
-        is_fresh = choice.direction is None
-        self._add_direction(gradients.positions, direction, is_fresh, scale, step.pending)
-        self.transform.advance(batch.values)
-        return step
+        cosines = None
+        if self.with_cosines:
+            cosines = cosines_between(gradients.rows, gradients.over_ranks)
+        return _Answer(choice, direction, averages, cosines)
 
     def _gather(
         self, batch, slope: Tensor, scale: GradScale, everywhere: bool = False
@@ -784,7 +838,8 @@ class Balancer:
             positions = batch.positions(self.shared, everywhere=True)
         else:
             positions = self._moved(batch)
-        gradients = StepGradients([], positions, tasks=batch.tasks)
+        over_ranks = self._mode.over_ranks
+        gradients = StepGradients([], positions, tasks=batch.tasks, over_ranks=over_ranks)
         tasks = batch.present
         heads = []
         pieces = []  # lengths of the tensors, taken while they are in the cache
@@ -792,7 +847,7 @@ class Balancer:
         passes = batch.passes(slope, self.shared, positions, scale, self.grads)
         shared = [self.shared[i] for i in positions]
         k = self.step - self._cheap_steps + 1  # of the averages: measured steps
-        for row, head in self.ranks.rows(passes, shared, len(tasks)):
+        for row, head in self._mode.rows(passes, shared, len(tasks)):
             if self.ema:
                 t = tasks[len(heads)]
                 row = self.ema.propose(t, row, positions, k)
@@ -803,7 +858,7 @@ class Balancer:
             gradients.rows.append(row)
             heads.append(head)
         if self.ema:
-            gradients.lengths = norms(gradients.rows, pieces)
+            gradients.norms(pieces)
         return gradients, self.ranks.head_gradients(heads, tasks)
 
     def _remembers(self) -> bool:
@@ -1031,6 +1086,7 @@ class Balancer:
         "Drop the averages; the next step starts them anew, say after an error with `in_place`."
         if self.ema:
             self.ema.reset()
+            self._mode.cut({})
 
     def _refuse_torn_averages(self):
         if self.ema and self.ema.is_torn:
@@ -1096,18 +1152,43 @@ class Balancer:
         return [p for p in self.parameters() if p.requires_grad]
 
     def state_dict(self) -> dict:
-        "Everything that the next step depends on."
+        "Everything that the next step depends on; RuntimeError where this rank has a part of it."
+        self._check_savable()
+        if self._averages_are_cut():
+            raise RuntimeError(
+                "with sync='shard' this rank has a part of the averages: let all ranks call "
+                "gathered_state_dict(), which is a state that any number of ranks can load"
+            )
+        return self._whole_state()
+
+    @_outside_autograd
+    def gathered_state_dict(self) -> dict:
+        "The state, with averages gathered from the ranks, all of which must call this."
+        if not self._averages_are_cut():
+            return self.state_dict()
+
+        def check():
+            self._check_savable()
+            self._mode.check()
+
+        self.ranks.device = self.shared[0].device  # a state may be loaded before the first step
+        self.ranks.agreed(self._call("gathered_state_dict"), check)
+        return self._whole_state()
+
+    def _averages_are_cut(self) -> bool:
+        return self.ema is not None and bool(self.ema.rows) and self._mode.cut_for > 1
+
+    def _check_savable(self):
         if self._micro_batches:
             raise RuntimeError(
                 "state_dict() between accumulate() and backward(): finish the step first"
             )
         self._refuse_torn_averages()
+
+    def _whole_state(self) -> dict:
         averages = None
         if self.ema:
-            averages = {
-                t: {position: average.clone() for position, average in row.items()}
-                for t, row in self.ema.rows.items()
-            }
+            averages = self._mode.uncut(self.ema.rows, self.shared)
         missed = {}
         if self._missed.any():
             missed["missed"] = self._missed.clone()
@@ -1148,7 +1229,7 @@ class Balancer:
         self.aggregator.to(device)
         if self.ema:
             self.ema.reset()
-            self.ema.finish(averages)
+            self.ema.finish(self._mode.cut(averages))
         self._kept = kept
         self._cheap_steps = cheap_steps
         self.step = step
@@ -1262,7 +1343,7 @@ class Balancer:
 
     def describe(self) -> str:
         "Which parameters are balanced, and which belong to which tasks (known after `backward`)."
-        return "\n".join([repr(self), *self.partition.describe()])
+        return "\n".join([repr(self), *self._mode.describe(), *self.partition.describe()])
 
     def _identity(self) -> dict:
         shapes = [list(p.shape) for p in self.shared]
@@ -1275,13 +1356,17 @@ class Balancer:
 
     def __repr__(self) -> str:
         every = "" if self.update_every == 1 else f", update_every={self.update_every}"
-        return f"{type(self).__name__}({self._method()}{every})"
+        sync = "" if self.sync == "all" else f", sync={self.sync!r}"
+        return f"{type(self).__name__}({self._method()}{every}{sync})"
 
 # %% ../../nbs/01_core/16_balancer.ipynb #eb43085f
 def cosines_between(
     rows: list[list[Tensor]],  # T task gradients, each P tensors
+    over_ranks: Callable | None = None,  # sums a tensor; None: every rank has the whole rows
 ) -> Tensor:  # [T, T]; NaN where a gradient is zero
     "The cosines of the angles between the task gradients."
     products = gramian(rows)
+    if over_ranks is not None:
+        products = over_ranks(products)
     lengths = products.diagonal().sqrt()
     return products / (lengths[:, None] * lengths)
