@@ -158,7 +158,8 @@ def test_moco_refused_steps_change_nothing(projection, jacobians, task_rows):
         method(task_rows(J, 5), losses, [4, 1])
     before = copy.deepcopy(method.memory)
     huge = torch.full((2, 12), 1e160, dtype=torch.float64)
-    assert method(task_rows(huge, 5), losses, [4, 7]).isnan().all()  # lengths that float64 cannot hold
+    answer = method(task_rows(huge, 5), losses, [4, 7])
+    assert answer.isnan().all()  # lengths that float64 cannot hold
     assert list(method.memory["Y"]) == list(before["Y"])
     assert_close(method.memory, before, rtol=0, atol=0)
     infinite = torch.full((2, 2), math.inf).double()
