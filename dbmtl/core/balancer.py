@@ -31,7 +31,7 @@ from .checks import check_choice, check_whole
 from .ema import EMA
 from .features import backward_once, feature_passes, read_features
 from .grad_scale import GradScale, PendingGradients
-from .gramian import combine, gramian, norms, shorten, tensor_lengths, tensor_norms
+from .gramian import combine, gramian, shorten, tensor_lengths, tensor_norms
 from dbmtl.core.inputs import (
     Batch,
     ScaleWatch,

@@ -8,7 +8,6 @@ __all__ = ['CORNERS', 'CORNER_PAIRS', 'DIFFERENCES', 'PRINTED', 'ablation_pages'
            'task_figure']
 
 # %% ../../nbs/11_report/13_ablation.ipynb #f31d2121
-import math
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
