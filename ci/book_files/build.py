@@ -42,7 +42,8 @@ def write_pages(folder):
     static.mkdir(parents=True)
     for name in ("es5/tex-svg-full.js", "LICENSE"):
         shutil.copy(mathjax() / name, static)
-    shutil.copy(HERE / "book.css", folder / "_static")
+    for name in ("book.css", "book.js"):
+        shutil.copy(HERE / name, folder / "_static")
     shutil.copy(HERE / "conf.py", folder)
 
 
@@ -63,7 +64,7 @@ def run_sphinx(pages, output, doctrees):
 
 def clean(output):
     """Removes what no reader needs, and says that the site is not to be processed again."""
-    for pattern in ("_static/**/*.map", "_static/webpack-macros.html", ".buildinfo*"):
+    for pattern in ("_static/**/*.map", "_static/*webpack-macros.html", ".buildinfo*"):
         for path in output.glob(pattern):
             path.unlink()
     (output / ".nojekyll").touch()

@@ -40,6 +40,8 @@ html_title = "dbmtl"
 html_baseurl = "https://dbmtl.github.io/dbmtl/"
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
+html_js_files = ["book.js"]
+toc_object_entries_show_parents = "hide"
 html_copy_source = False
 html_show_sourcelink = False
 html_last_updated_fmt = None
@@ -58,6 +60,7 @@ html_theme_options = {
     "max_navbar_depth": 3,
     "show_toc_level": 2,
     "home_page_in_toc": True,
+    "navbar_persistent": [],  # the search field stands in the sidebar
 }
 GENERATOR = "https://github.com/dbmtl/dbmtl/edit/main/ci/book_files/pages.py"
 

@@ -21,12 +21,15 @@ UNTOUCHED = re.compile(
     r"^```.*?^```$|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$|!?\[[^\]]*\]\([^)]*\)|^#.*$",
     re.DOTALL | re.MULTILINE,
 )
-RESULT = re.compile(r"\b(?P<kind>Table|Figure|Proposition|Algorithm) (?P<number>\d+(?:\.\d+)?)\b")
+RESULT = re.compile(
+    r"\b(?P<kind>Table|Figure|Proposition|Algorithm|Equation|Eq\.) (?P<number>\d+(?:\.\d+)?)\b"
+)
 RESULTS = {
     "Table": {"1", "2", "3", "4", "5", "6"},
     "Figure": {"1", "2", "3", "4", "5", "6", "7", "8", "9", "10"},
     "Proposition": {"3.1"},
     "Algorithm": {"1"},
+    "Equation": {"2"},
 }
 # a notebook whose text means another paper's result of that name
 OF_ANOTHER_PAPER = {("03_gradient_balancing/05_pcgrad", "Algorithm 1")}
@@ -56,9 +59,9 @@ def title_and_sentence(notebook):
 # ------------------------------------------------------------------------------------- links
 
 
-def anchor_of(target):
+def anchor_of(result):
     """The target of a result of the paper, such as `table-1`."""
-    return target.lower().replace(" ", "-").replace(".", "-")
+    return result.lower().replace("eq. ", "equation ").replace(" ", "-").replace(".", "-")
 
 
 def repository_link(path):
@@ -95,7 +98,8 @@ def link_results(text, name):
 
     def link(match):
         result = match[0]
-        known = match["number"] in RESULTS[match["kind"]]
+        kind = "Equation" if match["kind"] == "Eq." else match["kind"]
+        known = match["number"] in RESULTS[kind]
         if not known or result in linked or (name, result) in OF_ANOTHER_PAPER:
             return result
         linked.add(result)

@@ -82,7 +82,7 @@ def toctree(pages, caption=None):
     lines = ["```{toctree}", ":hidden:", ":maxdepth: 1"]
     if caption:
         lines.append(f":caption: {caption}")
-    return "\n".join([*lines, "", *(f"/{page}" for page in pages), "```"])
+    return "\n".join([*lines, "", *pages, "```"])
 
 
 # ------------------------------------------------------------------------------------- parts
@@ -122,7 +122,7 @@ def part_page(part):
     lines = [f"# {part.title}", "", part.sentence, ""]
     for entry in part.entries:
         lines.append(f"- [{entry.title}](/{entry.name}.ipynb): {entry.sentence}")
-    return "\n".join([*lines, "", toctree(entry.name for entry in part.entries)])
+    return "\n".join([*lines, "", toctree(f"/{entry.name}" for entry in part.entries)])
 
 
 # ----------------------------------------------------------------------------------- methods
@@ -234,7 +234,7 @@ def methods_page():
         rows.append([f"[{name}](/methods/{slug(name)}.md)", facts["axis"], facts["venue"]])
     lines = ["# Methods", "", "A page for each name that `make_balancer` knows.", ""]
     lines += [markdown_table(["method", "balances", "source"], rows), ""]
-    return "\n".join([*lines, toctree(f"methods/{slug(name)}" for name in method_names())])
+    return "\n".join([*lines, toctree(f"/methods/{slug(name)}" for name in method_names())])
 
 
 # ------------------------------------------------------------------------- the paper's results
@@ -265,6 +265,7 @@ def results_page():
     ]
     sentences = {
         "Proposition 3.1": "The logarithm of a loss is the minimum over a learned scale.",
+        "Equation 2": "The common length of the tasks' gradients.",
         "Algorithm 1": "The method line by line, and the class that does it.",
     }
     for heading, sentence in sentences.items():
@@ -295,7 +296,7 @@ def symbols_of(path):
                 header = None
             elif columns[0] == "symbol":
                 header = columns
-            elif header and not set(line) <= set("|-: "):
+            elif header and columns[0] and not set(line) <= set("|-: "):
                 rows.append(dict(zip(header, columns, strict=False)))
     return rows
 
@@ -388,7 +389,9 @@ def comments_of(item):
 
 
 def parameter_lines(item, signature):
-    """A line for each parameter that has an annotation or a comment, and for the result."""
+    """A line for each parameter, and for the result; none where the docstring has them."""
+    if "Arguments:\n" in (item.__doc__ or ""):
+        return []
     comments = comments_of(item)
     lines = []
     for parameter in signature.parameters.values():
@@ -419,13 +422,31 @@ def plain(text):
     return "".join(safe)
 
 
+def argument_lines(paragraph):
+    """The section `Arguments:` of a docstring, a line for each."""
+    lines = []
+    for line in inspect.cleandoc(paragraph.partition("\n")[2]).splitlines():
+        found = re.match(r"(\w+): (.*)", line)
+        if found:
+            lines.append(f"- `{found[1]}`: {plain(found[2])}")
+        else:
+            lines[-1] += f" {plain(line.strip())}"
+    return "\n".join(lines)
+
+
 def docstring_of(item):
-    """The docstring as Markdown; indented examples stay as they are."""
-    text = inspect.cleandoc(item.__doc__ or "")
+    """The docstring as Markdown; examples stay as they are."""
     paragraphs = []
-    for paragraph in text.split("\n\n"):
-        is_block = any(line.startswith((" ", ">>>")) for line in paragraph.splitlines())
-        paragraphs.append(f"```text\n{paragraph}\n```" if is_block else plain(paragraph))
+    for paragraph in inspect.cleandoc(item.__doc__ or "").split("\n\n"):
+        lines = paragraph.splitlines()
+        if paragraph.startswith("Arguments:\n"):
+            paragraphs.append(argument_lines(paragraph))
+        elif paragraph.startswith(">>>"):
+            paragraphs.append(f"```pycon\n{paragraph}\n```")
+        elif any(line.startswith(" ") for line in lines):
+            paragraphs.append(f"```text\n{paragraph}\n```")
+        else:
+            paragraphs.append(plain(paragraph))
     return "\n\n".join(paragraphs)
 
 
@@ -461,15 +482,14 @@ def module_page(name):
     lines += [f"{code_link(module_file(name))}.", "", f"```{{py:module}} {name}", "```", ""]
     for public in module.__all__:
         item = getattr(module, public)
-        title = f"{name}.{public}"
         if getattr(item, "__module__", name) != name:
             continue
         if inspect.isclass(item):
-            lines.append(described(item, "class", title))
+            lines.append(described(item, "class", public))
         elif inspect.isfunction(item):
-            lines.append(described(item, "function", title))
+            lines.append(described(item, "function", public))
         else:
-            lines.append(directive("data", title, "", 0))
+            lines.append(directive("data", public, "", 0))
     return "\n".join(lines)
 
 
@@ -495,8 +515,37 @@ def api_page(names):
     for title, rows in groups.items():
         lines += [f"## {title}", "", markdown_table(["name", ""], rows), ""]
     lines += ["## Modules", ""]
-    lines += [f"- [{name}](/api/{name}.md)" for name in names]
-    return "\n".join([*lines, "", toctree(f"api/{name}" for name in names)])
+    beside, packages = by_package(names)
+    listed = [*beside, *packages]
+    lines += [f"- [{name}](/api/{name}.md)" for name in listed]
+    return "\n".join([*lines, "", api_toctree(listed)])
+
+
+def by_package(names):
+    """The modules beside the packages, and {package: its modules}."""
+    beside = []
+    packages = {}
+    for name in names:
+        package = name.rpartition(".")[0]
+        if package == "dbmtl":
+            beside.append(name)
+        else:
+            packages.setdefault(package, []).append(name)
+    return beside, packages
+
+
+def api_toctree(names):
+    """Pages of the API for the sidebar, by their last name."""
+    return toctree(f"{name.rpartition('.')[2]} </api/{name}>" for name in names)
+
+
+def package_page(package, names):
+    """The modules of a package, each with its first line."""
+    lines = [f"# {package}", ""]
+    for name in names:
+        summary = inspect.cleandoc(importlib.import_module(name).__doc__ or "")
+        lines.append(f"- [{name}](/api/{name}.md): {plain(summary.splitlines()[0])}")
+    return "\n".join([*lines, "", api_toctree(names)])
 
 
 # ----------------------------------------------------------------------------------- together
@@ -504,8 +553,8 @@ def api_page(names):
 
 def first_page_contents(all_parts):
     """The cell that gives the first page the table of contents of the whole book."""
-    reference = ["paper_results", "methods/index", "glossary", "api/index"]
-    trees = [toctree((part.page for part in all_parts), "The book")]
+    reference = ["/paper_results", "/methods/index", "/glossary", "/api/index"]
+    trees = [toctree((f"/{part.page}" for part in all_parts), "The book")]
     trees.append(toctree(reference, "Reference"))
     return "\n\n".join(trees)
 
@@ -522,4 +571,6 @@ def generated_pages():
     pages["api/index"] = api_page(names)
     for name in names:
         pages[f"api/{name}"] = module_page(name)
+    for package, own in by_package(names)[1].items():
+        pages[f"api/{package}"] = package_page(package, own)
     return pages
