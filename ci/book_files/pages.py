@@ -414,6 +414,7 @@ def parameter_lines(item, signature):
 
 def plain(text):
     """Words of a docstring or comment, safe as Markdown outside of code."""
+    text = re.sub(r"\[([^\]]+)\]\([^)]+\.ipynb\)", r"\1", text)  # the page links its notebook
     parts = re.split(r"(`[^`\n]+`)", text)
     safe = []
     for part in parts:
