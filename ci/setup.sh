@@ -60,6 +60,7 @@ pins() {
     fi
 }
 
+# install PROJECT: the project in this folder with an extra, such as '.[dev]'
 install() {
     local constraints quiet=()
     [ -t 1 ] || quiet=(-qq) # pip's progress is for a terminal
@@ -68,7 +69,7 @@ install() {
     echo "installing into $("$PY" -c 'import sys; print(sys.prefix)')"
     "$PY" -m pip install "${quiet[@]}" --constraint "$constraints" setuptools wheel || return 1
     "$PY" -m pip install "${quiet[@]}" --constraint "$constraints" --no-build-isolation \
-        --config-settings editable_mode=compat --editable '.[dev]' || return 1
+        --config-settings editable_mode=compat --editable "$1" || return 1
     rm -f "$constraints"
     # in somebody's own environment a warning
     "$PY" -m pip check || [ "$own_environment" = no ]
@@ -83,7 +84,7 @@ setup() {
         "$PY" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
     key="$PWD $key"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
-        install || return 1
+        install '.[dev]' || return 1
         echo "$key" >"$stamp"
     fi
     bin=$(dirname "$PY")

@@ -22,7 +22,7 @@ FOREIGN = {  # written so that this file does not hold what it looks for
     r"<{7} |>{7} ": "tests/project/test_notebooks_shape.py",
 }
 BINARY = {".npz", ".png", ".ico", ".gz"}
-COMMANDS = ["ci/reproduce", "ci/test", "ci/lab", "ci/refresh", ".ci/run"]
+COMMANDS = ["ci/reproduce", "ci/test", "ci/lab", "ci/refresh", "ci/book", ".ci/run"]
 
 
 def tracked():
