@@ -1315,7 +1315,8 @@ class Balancer:
             extra = state.get(key)
             if not isinstance(extra, dict) or extra.keys() != {"memory", "streams", "seed"}:
                 raise ValueError(f"{part} in the state lacks {key}, or a part of it")
-            check_layout(f"{part}: {key}", extra["memory"], layout, self.num_tasks)
+            num_tasks = self.num_tasks if layout.keeps_rows else None
+            check_layout(f"{part}: {key}", extra["memory"], layout.memory, num_tasks)
 
     def _check_averages(self, t: int, row: dict):
         "Raise ValueError unless these can be task t's averages."

@@ -21,6 +21,8 @@ class EpochMeans(Memory):
     A method calls `see` after each step; an epoch ends by `finish`, or every `window` steps.
     """
 
+    keeps_rows = True
+
     def __init__(
         self,
         num_tasks: int,  # T

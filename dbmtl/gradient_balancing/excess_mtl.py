@@ -33,6 +33,7 @@ def excess_risk(
 class ExcessMTL(GradientAggregator):
     "More weight for tasks far from their optimum, ExcessMTL (He et al., ICML 2024)."
 
+    keeps_rows = True
     gives_weights = True
 
     def __init__(

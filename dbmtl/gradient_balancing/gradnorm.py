@@ -53,6 +53,8 @@ def _check_not_negative(losses: Tensor):
 class GradNorm(NormAggregator):
     "Weights learned so that gradient norms approach targets, GradNorm (Chen et al., ICML 2018)."
 
+    keeps_rows = True
+
     def __init__(
         self,
         num_tasks: int,  # T

@@ -95,6 +95,7 @@ def _grown(average: Tensor, size: int) -> Tensor:  # [size, size]
 class GradVac(TensorGramianAggregator):
     "Turn each gradient until its cosines are the usual ones, GradVac (Wang et al., ICLR 2021)."
 
+    keeps_rows = True
     can_skip_tasks = True
 
     def __init__(

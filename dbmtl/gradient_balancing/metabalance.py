@@ -26,6 +26,8 @@ def anchored_weights(
 class MetaBalance(TensorNormAggregator):
     "Pull each task's norm in each tensor towards an anchor task's (He et al., WWW 2022)."
 
+    keeps_rows = True
+
     def __init__(
         self,
         r: float = 0.7,  # 1: wholly the anchor's norm, 0: the gradient's own

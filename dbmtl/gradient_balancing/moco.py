@@ -72,6 +72,7 @@ def tensors_in_memory(
 class MoCo(GradientAggregator):
     "Weights and direction from tracked gradients, MoCo (Fernando et al., ICLR 2023)."
 
+    keeps_rows = True
     judges_infinity = True
     reads_host = True
 

@@ -19,6 +19,8 @@ from .sdmgrad import BATCH_WEIGHTS
 class MoDo(CrossGramianAggregator):
     "One projected step of the weights by two batches, for a third (Chen et al., NeurIPS 2023)."
 
+    keeps_rows = True
+
     def __init__(
         self,
         gamma: float = 1e-3,  # step of the weights

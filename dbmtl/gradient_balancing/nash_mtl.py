@@ -17,6 +17,7 @@ from ..core.solvers import power_weights
 class NashMTL(GramianAggregator):
     "The largest product of gains, M a = 1/a, solved exactly: Nash-MTL (Navon et al., ICML 2022)."
 
+    keeps_rows = True
     weights_heads = True
 
     def __init__(

@@ -46,6 +46,8 @@ BATCH_WEIGHTS = {"sum": [1.0, 1.0, 1.0], "mean": [1 / 3] * 3, "last": [0.0, 0.0,
 class SDMGrad(CrossGramianAggregator):
     "Weights from two batches for a third, near the mean (Xiao, Ban and Ji, NeurIPS 2023)."
 
+    keeps_rows = True
+
     def __init__(
         self,
         pull: float = 0.3,  # lambda_0, towards the mean gradient; 0 is MGDA's problem

@@ -24,6 +24,7 @@ class FAMO(Transform):
     new losses of the same batch; `forward` raises RuntimeError where that was forgotten.
     """
 
+    keeps_rows = True
     looks_again = True
 
     def __init__(

@@ -88,6 +88,8 @@ class SoftActorCritic(Memory):
     transition, and `learn` improves all networks from a batch of what was stored.
     """
 
+    keeps_rows = True
+
     def __init__(
         self,
         num_tasks: int,  # T
@@ -256,6 +258,7 @@ class IGBv2(Transform):
     when the epochs before the agent takes over seem never to end.
     """
 
+    keeps_rows = True
     domain = "finite and positive, for its logarithm"
 
     def __init__(

@@ -29,6 +29,7 @@ def weight_sum(
 class RLW(Transform):
     "Random weights, softmax of standard normal numbers, new in each step (Lin et al., TMLR 2022)."
 
+    keeps_rows = True
     can_skip_tasks = True
 
     def __init__(

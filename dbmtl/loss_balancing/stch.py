@@ -22,6 +22,8 @@ class STCH(Transform):
     nadir. `forward` raises RuntimeError when the epochs of the warm-up seem never to end.
     """
 
+    keeps_rows = True
+
     def __init__(
         self,
         num_tasks: int,  # T
