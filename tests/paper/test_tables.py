@@ -82,7 +82,8 @@ def records(benchmark, scale):
     """{method: {seed: record}} of methods without settings, finished runs."""
     runs = {}
     found = [json.loads(path.read_text()) for path in sorted((RUNS / benchmark).glob(f"{scale}-*"))]
-    newest = max((run["config"]["protocol"] for run in found), default=1)
+    with_baseline = [run for run in found if run["config"]["method"] == "STL"]
+    newest = max((run["config"]["protocol"] for run in with_baseline), default=1)
     for record in found:
         config = record["config"]
         method = config["method"]
