@@ -593,10 +593,11 @@ def test_a_damaged_file_of_outcomes_is_named(runs, capsys):
 
 
 def committed(benchmark, scale, *methods):
-    """Records of seed 0, one a method, of the latest protocol that there is."""
+    """Records of seed 0, one a method without settings, of the latest protocol that there is."""
 
     def order(path):
-        return -json.loads(path.read_text())["config"]["protocol"], path
+        config = json.loads(path.read_text())["config"]
+        return bool(config["hyper"]), -config["protocol"], path
 
     patterns = [f"{benchmark}/{scale}-{method}-s0-*.json" for method in methods]
     paths = [min(RUNS.glob(pattern), key=order) for pattern in patterns]
