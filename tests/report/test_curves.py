@@ -429,8 +429,8 @@ def runs_of(benchmark, scale):
     found = {method: {} for method in SHOWN}
     paths = sorted((ROOT / "figures" / "runs" / benchmark).glob(f"{scale}-*.json"))
     runs = [json.loads(path.read_text()) for path in paths]
-    runs = [run for run in runs if run["config"]["method"] in SHOWN and run["state"] == "finished"]
     with_baseline = [run for run in runs if run["config"]["method"] == "STL"]
+    runs = [run for run in runs if run["config"]["method"] in SHOWN and run["state"] == "finished"]
     newest = max((run["config"]["protocol"] for run in with_baseline), default=1)
     for run in runs:
         config = run["config"]
