@@ -30,6 +30,18 @@ def _common_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
     return common
 
 
+def _filled(
+    tensors: list[Tensor | None],  # K of them; None: this rank has none
+    like: list[Tensor],  # K tensors of the same shapes
+    dtype: torch.dtype,
+) -> list[Tensor]:  # K tensors
+    "The tensors in one type, with zeros for those that this rank has not."
+    return [
+        torch.zeros_like(example, dtype=dtype) if tensor is None else tensor.to(dtype)
+        for tensor, example in zip(tensors, like, strict=True)
+    ]
+
+
 class PendingSum:
     "Tensors that are being summed over the ranks."
 
@@ -43,11 +55,7 @@ class PendingSum:
         self.shapes = [tensor.shape for tensor in like]
         self.dtypes = [at_least_float32(tensor.dtype) for tensor in like]
         dtype = _common_dtype(self.dtypes)
-        pieces = []
-        for tensor, example in zip(tensors, like, strict=True):
-            if tensor is None:
-                tensor = torch.zeros_like(example, dtype=dtype)
-            pieces.append(tensor.reshape(-1).to(dtype))
+        pieces = [tensor.reshape(-1) for tensor in _filled(tensors, like, dtype)]
         flags = [float(tensor is not None) for tensor in tensors] + [float(failed)]
         pieces.append(torch.tensor(flags, dtype=dtype, device=like[0].device if like else None))
         self.buffer = torch.cat(pieces)
@@ -103,11 +111,7 @@ class PendingShard:
         size = dist.get_world_size(group)
         self.dtypes = [at_least_float32(tensor.dtype) for tensor in like]
         dtype = _common_dtype(self.dtypes)
-        columns = []
-        for tensor, example in zip(tensors, like, strict=True):
-            if tensor is None:
-                tensor = torch.zeros_like(example, dtype=dtype)
-            columns.append(shards(tensor, size).to(dtype))
+        columns = [shards(tensor, size) for tensor in _filled(tensors, like, dtype)]
         self.widths = [column.shape[1] for column in columns]
         device = like[0].device if like else None
         columns.append(torch.full([size, 1], float(failed), dtype=dtype, device=device))

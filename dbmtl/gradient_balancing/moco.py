@@ -9,7 +9,7 @@ __all__ = ['track', 'move_lambda', 'tensors_in_memory', 'MoCo']
 import torch
 from torch import Tensor
 
-from ..core.aggregator import GradientAggregator
+from ..core.aggregator import GradientAggregator, StepGradients
 from ..core.checks import check_choice, check_number
 from ..core.gramian import gramian, norms
 from ..core.method_facts import Facts, Origin
@@ -101,15 +101,22 @@ class MoCo(GradientAggregator):
         "The parameters that have a memory, which moves them even where a step does not reach them."
         return set(self.memory.get("Y", ()))
 
+    def more_arguments(self, gradients: StepGradients) -> tuple:
+        return (gradients.positions, gradients.norms())
+
     def forward(
-        self, rows: list[list[Tensor]], losses: Tensor, positions: list[int] | None = None
+        self,
+        rows: list[list[Tensor]],
+        losses: Tensor,
+        positions: list[int] | None = None,
+        lengths: Tensor | None = None,
     ) -> list[Tensor]:
         positions = list(range(len(rows[0])) if positions is None else positions)
         k = self.memory.get("k", 0) + 1
         b_k = self.b / k**self.b_decay
         c_k = self.c / k**self.c_decay
         Y = tensors_in_memory(self.memory.get("Y", {}), rows, positions)
-        lengths = norms(rows)
+        lengths = norms(rows) if lengths is None else lengths
         scales = self._scales(lengths, losses)
         gradients_at = dict(zip(positions, zip(*rows, strict=True), strict=True))
         C = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=losses.device)

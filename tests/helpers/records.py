@@ -1,4 +1,8 @@
-"""Small run records, made up."""
+"""Small run records, made up, and the committed ones that a page shows."""
+
+import json
+
+from dbmtl.experiments.records import configuration
 
 DIRECTIONS = {"a": {"MAE": "down"}, "b": {"Acc": "up"}}
 
@@ -34,3 +38,18 @@ def small_record(method, seed, selected, floors, state="finished", scale="cpu", 
         "curves": {},
         "monitors": {},
     } | changes
+
+
+def committed_runs(folder, benchmark, scale):
+    """{method: {seed: record}} of finished runs without settings, of the newest protocol that has a
+    baseline."""
+    paths = sorted((folder / benchmark).glob(f"{scale}-*.json"))
+    records = [json.loads(path.read_text()) for path in paths]
+    configs = [record["config"] for record in records]
+    newest = max((c["protocol"] for c in configs if c["method"] == "STL"), default=1)
+    runs = {}
+    for record, config in zip(records, configs, strict=True):
+        today = configuration(benchmark, config["method"], config["seed"], scale)
+        if record["state"] == "finished" and config == today | {"protocol": newest}:
+            runs.setdefault(config["method"], {})[config["seed"]] = record
+    return runs

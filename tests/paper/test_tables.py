@@ -12,9 +12,8 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from helpers.records import committed_runs
 from scipy import stats
-
-from dbmtl.experiments.records import configuration
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "figures" / "paper"
@@ -80,18 +79,8 @@ def scale_of(stem):
 @functools.cache
 def records(benchmark, scale):
     """{method: {seed: record}} of methods without settings, finished runs."""
-    runs = {}
-    found = [json.loads(path.read_text()) for path in sorted((RUNS / benchmark).glob(f"{scale}-*"))]
-    with_baseline = [run for run in found if run["config"]["method"] == "STL"]
-    newest = max((run["config"]["protocol"] for run in with_baseline), default=1)
-    for record in found:
-        config = record["config"]
-        method = config["method"]
-        if record["state"] != "finished" or config["hyper"] or "+" in method:  # Figure 1 has those
-            continue
-        today = configuration(benchmark, method, config["seed"], scale)
-        if config == today | {"protocol": newest}:
-            runs.setdefault(method, {})[config["seed"]] = record
+    runs = committed_runs(RUNS, benchmark, scale)
+    runs = {method: of_seeds for method, of_seeds in runs.items() if "+" not in method}  # Figure 1
     return {method: dict(sorted(by_seed.items())) for method, by_seed in runs.items()}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from helpers.records import committed_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -426,18 +427,8 @@ def table(stem):
 
 def runs_of(benchmark, scale):
     """{method: {seed: record}} of the files that belong to the present configuration."""
-    found = {method: {} for method in SHOWN}
-    paths = sorted((ROOT / "figures" / "runs" / benchmark).glob(f"{scale}-*.json"))
-    runs = [json.loads(path.read_text()) for path in paths]
-    with_baseline = [run for run in runs if run["config"]["method"] == "STL"]
-    runs = [run for run in runs if run["config"]["method"] in SHOWN and run["state"] == "finished"]
-    newest = max((run["config"]["protocol"] for run in with_baseline), default=1)
-    for run in runs:
-        config = run["config"]
-        today = configuration(benchmark, config["method"], config["seed"], scale)
-        if config == today | {"protocol": newest}:
-            found[config["method"]][config["seed"]] = run
-    return found
+    runs = committed_runs(ROOT / "figures" / "runs", benchmark, scale)
+    return {method: runs.get(method, {}) for method in SHOWN}
 
 
 def interval(values):
