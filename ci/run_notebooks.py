@@ -20,7 +20,16 @@ from tqdm import tqdm
 from dbmtl.core.checks import nearest_name
 
 ROOT = Path(__file__).resolve().parent.parent
-SCALES = ["smoke", "generated", "cpu", "gpu", "gpu-scratch", "paper", "paper-scratch"]
+SCALES = ["smoke", "early", "generated", "cpu", "gpu", "gpu-scratch", "paper", "paper-scratch"]
+OPTIONS = ["--help", "--scale", "--only", "--quick", "--fresh", "-p"]
+QUICK = [  # the method, and one benchmark trained
+    "01_core/05_ema",
+    "02_loss_balancing/01_log",
+    "03_gradient_balancing/02_max_norm",
+    "04_dbmtl",
+    "17_site/07_first_run",
+]
+QUICK_PARAMETERS = {"scale": "early", "jobs": 2}
 PICTURES_AND_NUMBERS = {".png", ".svg", ".csv"}
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of a traceback in a terminal
 
@@ -31,6 +40,7 @@ class Result(NamedTuple):
     name: str  # of the notebook
     seconds: float
     figures: list[str]  # stems of the files that the notebook wrote
+    pictures: list[Path]  # those of them that are PNG files
     failure: str | None  # what went wrong and where
 
 
@@ -54,6 +64,11 @@ def all_notebooks():
     """The paths of all notebooks in reading order."""
     paths = (ROOT / "nbs").rglob("*.ipynb")
     return sorted(path for path in paths if ".ipynb_checkpoints" not in path.parts)
+
+
+def quick_notebooks():
+    """The few notebooks of --quick."""
+    return [ROOT / "nbs" / f"{name}.ipynb" for name in QUICK]
 
 
 def select_notebooks(pattern):
@@ -101,7 +116,8 @@ def requested_parameters(args, declared):
         if name not in declared_anywhere:
             hint = did_you_mean(name, declared_anywhere)
             sys.exit(f"parameter {name!r}: no selected notebook declares it; {hint}")
-    return {"scale": "smoke", **requested}
+    defaults = QUICK_PARAMETERS if args.quick else {"scale": "smoke"}
+    return {**defaults, **requested}
 
 
 # --------------------------------------------------------------------------------------- run
@@ -193,8 +209,10 @@ def run(notebook, parameters, root, copies):
     failure = execute(notebook, parameters, copies)
     seconds = time.perf_counter() - start
     after = times_of_figures(root)
-    written = {path.stem for path, written_at in after.items() if before.get(path) != written_at}
-    return Result(name_of(notebook), seconds, sorted(written), failure)
+    written = [path for path, written_at in after.items() if before.get(path) != written_at]
+    stems = sorted({path.stem for path in written})
+    pictures = sorted(path for path in written if path.suffix == ".png")
+    return Result(name_of(notebook), seconds, stems, pictures, failure)
 
 
 def run_until_failure(selected, requested, declared, root, copies):
@@ -224,22 +242,40 @@ def print_table(results):
         print(f"{result.name:{width}}  {result.seconds:7.1f}  {figures}".rstrip())
 
 
+def print_pictures(results):
+    """Where the pictures lie, a line each."""
+    for result in results:
+        for path in result.pictures:
+            print(f"figure: {path}")
+
+
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
-        prog="ci/reproduce", description="Runs the notebooks and draws the figures."
+        prog="ci/reproduce",
+        description="Runs the notebooks and draws the figures.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--scale",
         help="smoke (default: minutes), cpu, gpu, paper, or another that the notebook names",
     )
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--only", metavar="PATTERN", help="notebooks whose name holds this or fits this glob"
+    )
+    which.add_argument(
+        "--quick",
+        action="store_true",
+        help="in three minutes: the notebooks of the method, then EW and DB-MTL trained on the "
+        "sample of QM9 at scale `early`, and a picture of both",
     )
     parser.add_argument("--fresh", action="store_true", help="train again what is recorded already")
     parser.add_argument(
         "-p", dest="parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
     )
-    args = parser.parse_args(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        sys.exit(f"{unknown[0]}: unknown option; {did_you_mean(unknown[0], OPTIONS)}")
     if args.scale not in (None, *SCALES):
         sys.exit(f"--scale {args.scale}: unknown; {did_you_mean(args.scale, SCALES)}")
     return args
@@ -250,7 +286,7 @@ def main(arguments=None):
     # of figures/ and out/, as in dbmtl.experiments.records
     root = Path(os.environ.get("DBMTL_OUT") or ROOT).resolve()
     copies = root / "out" / "notebooks"
-    selected = select_notebooks(args.only)
+    selected = quick_notebooks() if args.quick else select_notebooks(args.only)
     declared = {notebook: set(papermill.inspect_notebook(notebook)) for notebook in selected}
     requested = requested_parameters(args, declared)
 
@@ -260,6 +296,8 @@ def main(arguments=None):
     total = sum(result.seconds for result in results)
     print(f"{len(results)} of {len(selected)} notebooks in {total:.0f} s", end="; ")
     print(f"executed copies in {copies}")
+    if args.quick:
+        print_pictures(results)
     if results[-1].failure:
         sys.exit(f"\n{results[-1].failure}")
 

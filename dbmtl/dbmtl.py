@@ -37,6 +37,8 @@ class DBMTL(Balancer):
             "1/T", or a positive constant.
         weights: shares of the gradient by task, {name: number} or T numbers; equal by default.
             {"seg": 2, "depth": 1} makes the gradient of seg twice as long as that of depth.
+        shrinkage: p; a task's length is multiplied by rho^p, where rho in [0, 1] is the share of
+            its gradient that is no noise, by the average's own moments (default 0, the paper).
         grads: order of the backward passes: "loop" (default), "split" or "batched".
         check: when losses are checked: "now" (default), "later" (see `verify`) or "off".
         model: only to name parameters in warnings and in `describe()`.
@@ -47,6 +49,7 @@ class DBMTL(Balancer):
         in_place: averages take T rows less memory, and an error in a pass tears them; see
             `Balancer`.
         sync: with "shard", each of W ranks keeps a W-th of rows and averages; see `Balancer`.
+        head_losses: "raw" trains the heads on the losses themselves; see `Balancer`.
 
     Raises ValueError for a number out of range, TypeError for an option that does not exist and
     for what is no parameter in `shared`.
@@ -67,11 +70,12 @@ class DBMTL(Balancer):
         eps: float = 1e-8,  # inside the logarithm, and added to the norms
         alpha: str | float = "max",  # common length of the gradients; see MaxNorm
         weights: Mapping | Sequence[float] | None = None,  # shares of the gradient; see MaxNorm
+        shrinkage: float = 0.0,  # p: the noisier, the shorter; see MaxNorm
         **options: Unpack[BalancerOptions],  # as in `Balancer`
     ):
         super().__init__(
             Log(eps),
-            MaxNorm(alpha, eps, weights),
+            MaxNorm(alpha, eps, weights, shrinkage),
             shared=shared,
             num_tasks=num_tasks,
             ema=EMA(beta, beta_decay) if beta else None,
@@ -98,6 +102,7 @@ DBMTL.facts = Facts(
         ),
         "beta_decay": Origin("paper: see beta", original="0 or 0.5", elsewhere="LibMTL: 0"),
         "weights": Origin("paper: equal shares", elsewhere="-"),
+        "shrinkage": Origin("paper: none; its open question", elsewhere="-"),
     },
     differences=(
         "LibMTL's default, beta = 0.9 constant, is the worst point of the paper's own Figure 5.",

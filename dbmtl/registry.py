@@ -260,12 +260,14 @@ def recipe(
 
 # %% ../nbs/05_registry.ipynb #1f28debe
 def settings_of(name: str) -> dict:  # {keyword: default}
-    "What a sweep may vary: the hyperparameters, and `update_every` where the method takes it."
-    own = hyperparameters(name)
+    "What a sweep may vary: the hyperparameters, and options that the method takes."
+    settings = dict(hyperparameters(name))
     made = recipe(name, 2)
-    if why_not_kept(made.aggregator, made.level):
-        return own
-    return own | {"update_every": 1}
+    if not why_not_kept(made.aggregator, made.level):
+        settings["update_every"] = 1
+    if not made.aggregator.moves_alone and made.aggregator.num_batches == 1:
+        settings["head_losses"] = "transformed"
+    return settings
 
 # %% ../nbs/05_registry.ipynb #162c2bf3
 @known_options("make_balancer")
@@ -282,6 +284,7 @@ def make_balancer(
     update_every: int | None = None,  # see Balancer; None: 1, or the default of a method's own
     in_place: bool = False,  # see Balancer
     sync: str = "all",  # see Balancer
+    head_losses: str = "transformed",  # see Balancer
     **hyper: Any,  # the method's own hyper-parameters: see `hyperparameters`
 ) -> Balancer:
     """A balancer by the name its method has in the paper's tables.
@@ -291,7 +294,8 @@ def make_balancer(
             of a gradient method is a suffix, "CAGrad+log".
         shared: what all tasks share: a module, or parameters in an iterable, which is read once.
         num_tasks: how many losses a step has, T.
-        grads, check, model, missing, process_group, in_place, sync: as in `Balancer`.
+        grads, check, model, missing, process_group, in_place, sync, head_losses: as in
+            `Balancer`.
         update_every: as in `Balancer`; `settings_of(name)` tells whether the method takes it.
             Nash-MTL has an option of this name of its own, which does the same, and IGBv2 one for
             its agent.
@@ -322,6 +326,7 @@ def make_balancer(
         update_every=1 if update_every is None else update_every,
         in_place=in_place,
         sync=sync,
+        head_losses=head_losses,
     )
 
 # %% ../nbs/05_registry.ipynb #b87503a3

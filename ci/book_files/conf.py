@@ -21,6 +21,8 @@ nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
 nb_ipywidgets_js = {}  # no widgets, so nothing of a CDN
 nb_merge_streams = True
+nb_code_prompt_show = "Show the solution"  # only solutions of exercises are folded
+nb_code_prompt_hide = "Hide the solution"
 
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_dmath_double_inline = True

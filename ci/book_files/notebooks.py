@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "nbs"
 REPOSITORY = "https://github.com/dbmtl/dbmtl"  # as in settings.ini
 HIDDEN = {"hide", "default_exp", "exporti"}  # directives of a cell that is not shown
+FOLDED = "#| code-fold: true"  # first line of a cell that the reader opens: a solution
 
 LINK = re.compile(r"(?P<before>!?\[[^\]]*\]\()(?P<target>[^)\s]+)\)")
 INCLUDE = re.compile(r"<!-- include (\S+) -->")
@@ -187,6 +188,8 @@ def page_of(path):
             source = without_directives(cell.source)
             if not source:
                 continue
+            if cell.source.startswith(FOLDED):
+                cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-cell"]
             cell.source = source
             for output in cell.outputs:
                 data = output.get("data", {})

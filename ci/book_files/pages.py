@@ -43,7 +43,7 @@ SENTENCES = {
     "commands": "What is run from the command line.",
     "15_paper": "Tables 1 to 6, Figures 1 to 10, and the ledger of the paper's claims.",
     "16_studies": "Questions of our own.",
-    "17_site": "Methods at a glance, using them, and running the experiments.",
+    "17_site": "Methods at a glance, using them, running the experiments, and cards of the data.",
     "18_recipes": "The library together with other tools.",
 }
 LOOSE = {  # notebooks beside the folders: {name: part}

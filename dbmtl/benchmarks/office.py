@@ -334,14 +334,15 @@ def _note(name, scale) -> str:
 def office_scales() -> dict:
     "The sizes of runs on images in several domains."
     real = {"source": "real", "size": [224, 224], "weights": "imagenet", "weight_decay": 1e-5}
-    paper = Scale(
-        epochs=100,
+    cpu = Scale(
+        epochs=30,
         batch_size=64,
         width=64,
         learning_rate=1e-4,
-        eval_batch_size=128,
-        extra=real | {"trunk": "resnet18"},
+        eval_batch_size=1024,
+        extra=real | {"trunk": "lite0-frozen"},
     )
+    paper = replace(cpu, epochs=100, eval_batch_size=128, extra=real | {"trunk": "resnet18"})
     return {
         "smoke": Scale(
             epochs=2,
@@ -359,22 +360,9 @@ def office_scales() -> dict:
                 "weight_decay": 1e-5,
             },
         ),
-        "cpu": Scale(
-            epochs=30,
-            batch_size=64,
-            width=64,
-            learning_rate=1e-4,
-            eval_batch_size=1024,
-            extra=real | {"trunk": "lite0-frozen"},
-        ),
-        "gpu": Scale(
-            epochs=15,
-            batch_size=64,
-            width=64,
-            learning_rate=1e-4,
-            eval_batch_size=128,
-            extra=real | {"trunk": "lite0"},
-        ),
+        "cpu": cpu,
+        "batch-8": replace(cpu, batch_size=8, epochs=10),
+        "gpu": replace(paper, epochs=15, extra=real | {"trunk": "lite0"}),
         "paper": paper,
         "paper-scratch": replace(paper, extra=paper.extra | {"weights": "none"}),
     }

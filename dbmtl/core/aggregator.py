@@ -30,6 +30,8 @@ class StepGradients:
     features: list[Tensor] | None = None  # T tensors, at feature level
     tasks: list[int] | None = None  # to which the rows belong; None: all tasks
     over_ranks: Callable | None = None  # sums a tensor; None: every rank has the whole rows
+    raw_lengths: Tensor | None = None  # [T] norms before the average; see `wants_raw_lengths`
+    beta: float | Tensor = 0.0  # of the average in this step
 
     def norms(
         self,
@@ -39,6 +41,15 @@ class StepGradients:
         if self.lengths is None:
             self.lengths = self._whole_lengths(norms(self.rows, pieces))
         return self.lengths
+
+    def note_raw(
+        self,
+        pieces: list[Tensor],  # T * P `tensor_lengths` of the rows before the average
+        beta: float | Tensor,  # its weight of the old value in this step
+    ):
+        "Keep the lengths that the gradients had before they were averaged."
+        self.raw_lengths = self._whole_lengths(norms(self.rows, pieces))
+        self.beta = beta
 
     def tensor_norms(self) -> Tensor:  # [T, P]
         "The length of each tensor of each row."
@@ -78,6 +89,7 @@ class Aggregator(Memory):
     weights_heads = False  # do the weights multiply the heads' gradients too?
     moves_alone = False  # does it write finished updates, for plain SGD? See `of_heads`
     max_norm: float | None = None  # a longer direction is shortened to this
+    wants_raw_lengths = False  # are the norms before an average of use to it?
     takes_shards = False  # is all that it measures a sum over the coordinates of the gradients?
     can_skip_tasks = False  # has a step a meaning in which some tasks have no gradient?
     tasks: list[int] | None = None  # those of the rows in this step; None: all

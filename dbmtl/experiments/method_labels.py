@@ -27,7 +27,7 @@ def method_label(
 
 def _written(value) -> str:
     "A value as a label holds it: a word as it is, if it is read back as that word, else JSON."
-    is_word = isinstance(value, str) and value != "" and not set(value) & set('(),;="')
+    is_word = isinstance(value, str) and value != "" and not set(value) & set('(),;="[')
     if is_word and _read(value.strip()) == value:  # spaces around it would be lost
         return value
     return json.dumps(value)
@@ -55,14 +55,35 @@ def parse_method(
         raise ValueError(f"a method is written NAME or NAME(key=value, ...), not {label!r}")
     method, settings = match.groups()
     hyper = {}
-    for setting in re.split("[,;]", settings or ""):
-        if not setting.strip():
-            continue
+    for setting in _split_settings(settings or ""):
         name, equals, value = (piece.strip() for piece in setting.partition("="))
         if not (name and equals and value) or name in hyper:
             raise ValueError(f"{setting.strip()!r} in {label!r} is no new key=value")
         hyper[name] = _read(value)
     return method, hyper
+
+
+def _split_settings(text: str) -> list[str]:
+    "The settings of a label; a comma inside of a JSON value does not separate them."
+    pieces = [""]
+    for token in re.split(r"([,;])", text):
+        is_open = _is_unfinished(pieces[-1].partition("=")[2].strip())
+        if token in (",", ";") and not is_open:
+            pieces.append("")
+        else:
+            pieces[-1] += token
+    return [piece for piece in pieces if piece.strip()]
+
+
+def _is_unfinished(value: str) -> bool:
+    "Is this the beginning of a JSON list or text that has not ended yet?"
+    if not value.startswith(("[", '"')):
+        return False
+    try:
+        json.loads(value)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(value) or error.msg.startswith("Unterminated")
+    return False
 
 # %% ../../nbs/10_experiments/05_method_labels.ipynb #92c8e15c
 def split_methods(

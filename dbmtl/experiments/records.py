@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['project_root', 'runs_folder', 'figures_folder', 'configuration', 'run_identity', 'round_numbers', 'encode_record',
-           'thin', 'check_structure', 'record_path', 'write_record', 'DamagedRecord', 'read_record', 'scan_records',
-           'read_records', 'find_record', 'commit', 'environment', 'selected', 'protocol_note', 'above_floor']
+           'thin', 'check_structure', 'record_path', 'write_record', 'DamagedRecord', 'read_record', 'read_archive',
+           'pack_records', 'scan_records', 'read_records', 'find_record', 'commit', 'environment', 'selected',
+           'protocol_note', 'above_floor']
 
 # %% ../../nbs/10_experiments/04_records.ipynb #995eb67f
+import functools
+import gzip
 import hashlib
 import importlib
 import json
@@ -375,6 +378,80 @@ def _whole(record: dict) -> dict:
         raise ValueError("its checksum is not that of its content")
     return record
 
+# %% ../../nbs/10_experiments/04_records.ipynb #a89b281d
+_ARCHIVE = ".jsonl.gz"
+
+
+def _archive_path(folder, config: dict) -> Path:
+    "Where packed records of a benchmark and scale are."
+    return Path(folder) / f"{config['benchmark']}-{config['scale']['name']}{_ARCHIVE}"
+
+
+def read_archive(path) -> tuple:  # (records, a DamagedRecord for each line that is not whole)
+    "The records of an archive in its order; none if there is no such file."
+    path = Path(path)
+    if not path.exists():
+        return [], []
+    changed = path.stat()
+    return _archived(path, changed.st_mtime_ns, changed.st_size)
+
+
+@functools.lru_cache(maxsize=8)
+def _archived(path: Path, *changed) -> tuple:
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    except (OSError, EOFError, ValueError) as error:
+        return [], [DamagedRecord(path, error)]
+    records = []
+    damaged = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(_whole(json.loads(line, parse_constant=_refuse)))
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            damaged.append(DamagedRecord(path, f"line {number}: {error}"))
+    return records, damaged
+
+
+def pack_records(
+    folder,  # of single records, in it or in folders of benchmarks
+) -> list[Path]:  # the archives that were written
+    """Move the whole records of a folder into its archives, BENCHMARK-SCALE.jsonl.gz.
+
+    A record takes the place of an archived one of the same run. Damaged files stay where they are;
+    ValueError where an archive is damaged: nothing is moved then.
+    """
+    groups = {}
+    for path in _single_files(folder):
+        try:
+            record = read_record(path)
+        except DamagedRecord:
+            continue
+        groups.setdefault(_archive_path(folder, record["config"]), {})[path] = record
+    contents = {}
+    for archive, files in groups.items():
+        earlier, damaged = read_archive(archive)
+        if damaged:
+            raise damaged[0]
+        by_run = {record["identity"]: record for record in [*earlier, *files.values()]}
+        in_order = sorted(by_run.values(), key=_order)
+        lines = [_canonical(record | {_CHECKSUM: _checksum(record)}) for record in in_order]
+        contents[archive] = gzip.compress("\n".join(lines).encode() + b"\n", mtime=0)
+    for archive, content in contents.items():
+        write_atomically(archive, content)
+        for path in groups[archive]:
+            path.unlink()
+    return list(contents)
+
+
+def _single_files(folder) -> list[Path]:
+    return sorted([*Path(folder).glob("*.json"), *Path(folder).glob("*/*.json")])
+
+
+def _order(record: dict) -> list:
+    "By method, settings and seed; the identity where all of them agree."
+    config = record["config"]
+    return [config["method"], _canonical(config["hyper"]), config["seed"], record["identity"]]
+
 # %% ../../nbs/10_experiments/04_records.ipynb #55a5de47
 def scan_records(
     folder,
@@ -382,12 +459,16 @@ def scan_records(
     "Every record of a folder, and what is damaged there; nothing if there is no such folder."
     records = []
     damaged = []
-    paths = [*Path(folder).glob("*.json"), *Path(folder).glob("*/*.json")]
-    for path in sorted(paths):
+    for path in _single_files(folder):
         try:
             records.append(read_record(path))
         except DamagedRecord as error:
             damaged.append(error)
+    single = {record["identity"] for record in records}
+    for path in sorted(Path(folder).glob(f"*{_ARCHIVE}")):
+        archived, torn = read_archive(path)
+        records += [record for record in archived if record["identity"] not in single]
+        damaged += torn
     return records, damaged
 
 # %% ../../nbs/10_experiments/04_records.ipynb #39720403
@@ -446,9 +527,14 @@ def find_record(
             )
             warnings.warn(message, stacklevel=2)
             continue
-        if record["config"] == config and data_hash in (None, record["data"]["hash"]):
+        if _is_of(record, config, data_hash):
             return record
-    return None
+    archived, _ = read_archive(_archive_path(folder, config))
+    return next((record for record in archived if _is_of(record, config, data_hash)), None)
+
+
+def _is_of(record: dict, config: dict, data_hash: str | None) -> bool:
+    return record["config"] == config and data_hash in (None, record["data"]["hash"])
 
 # %% ../../nbs/10_experiments/04_records.ipynb #f34d350c
 def commit() -> str | None:

@@ -259,6 +259,7 @@ def make_record(
         "seconds": run.seconds,
         **environment(run.device),
         "commit": run.commit,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "optimizer": type(loop.optimizer).__name__,
         "notes": notes,
         "skipped": loop.balancer.nonfinite.tolist(),

@@ -15,7 +15,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.lines import Line2D
 
-from .comparison import RULES, Comparison, estimate, holm, minus, p_value
+from ..experiments.paired_tests import p_value
+from .comparison import RULES, Comparison, estimate, holm, minus
 from .paper import paper_averages, paper_table, printed_interval
 from .plots import dots, dots_legend, factor_axis, panel_grid
 from .results_page import as_printed, log_ratio

@@ -27,9 +27,10 @@ from ..core.gramian import norms
 from ..experiments.intervals import Interval
 from ..experiments.loop import Loop
 from ..experiments.method_labels import label_of
+from ..experiments.paired_tests import p_value
 from ..registry import make_balancer
 from .artifacts import Artifacts
-from .comparison import RULES, Comparison, holm, minus, p_value
+from .comparison import RULES, Comparison, holm, minus
 from .paper import paper_averages, paper_figure, printed_interval
 from dbmtl.report.plots import (
     SERIES,

@@ -452,6 +452,19 @@ def test_methods_without_learned_scales_have_no_parameters():
         assert list(make_balancer(method, shared=net().trunk, num_tasks=3).parameters()) == []
 
 
+def test_the_means_of_an_epoch_have_the_type_of_the_losses():
+    class Noting(Identity):
+        def end_epoch(self, means):
+            self.means = means
+
+    transform = Noting()
+    model = net()
+    balancer = Balancer(transform, Sum(), shared=model.trunk, num_tasks=3)
+    balancer.backward(model.losses())
+    balancer.end_epoch([1, 2, 3])
+    assert_close(transform.means, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+
+
 def test_learned_scales_join_an_optimizer():
     model = net()
     balancer = make_balancer("IMTL-L", shared=model.trunk, num_tasks=3)

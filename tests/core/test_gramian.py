@@ -1,10 +1,10 @@
-"""The spectrum of a Gramian: numbers by hand, the tolerance, the rounding of float32."""
+"""Lengths, inner products and the spectrum: numbers by hand, and the range of float32."""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from dbmtl.core.gramian import gramian, norms, spectrum, tensor_norms
+from dbmtl.core.gramian import combine, cosines, gramian, norms, spectrum, tensor_norms
 
 
 def test_spectrum_by_hand():
@@ -43,6 +43,20 @@ def test_lengths_of_any_finite_size(size):
     wide = [[g.double() for g in row] for row in rows]
     assert_close(norms(rows), norms(wide).float(), rtol=1e-6, atol=0)
     assert_close(tensor_norms(rows), tensor_norms(wide).float(), rtol=1e-6, atol=0)
+    assert_close(gramian(rows), gramian(wide), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e20, 1e30])
+def test_inner_products_by_hand_beyond_float32(size):
+    """All signs are the same: an overflow is infinite, and not the difference of two."""
+    expected = torch.tensor([[1.0, 3.0], [3.0, 9.0]], dtype=torch.float64) * size**2
+    rows = [[torch.tensor([size])], [torch.tensor([3 * size])]]
+    assert_close(gramian(rows), expected, rtol=1e-6, atol=0)
+
+
+def test_a_cosine_is_never_above_one():
+    """3 times the square of 1 / sqrt(3) is not 1 in float64."""
+    assert cosines(torch.full((2, 2), 3.0, dtype=torch.float64)).unique().tolist() == [1.0]
 
 
 def test_lengths_of_rows_of_very_different_size():
@@ -58,3 +72,15 @@ def test_safe_lengths_are_taken_in_float32_alone():
     rows = [[torch.randn(1000), torch.randn(10, 7)] for _ in range(3)]
     pieces = torch.stack([g.norm() for row in rows for g in row]).view(3, 2)
     assert_close(norms(rows), torch.linalg.vector_norm(pieces, dim=1), rtol=0, atol=0)
+
+
+def test_tensors_of_every_size_are_summed_once():
+    """Small ones are added together, some 65,536 numbers at a time."""
+    sizes = (10, 70_000, 5, 6, 65_000, 536, 3)
+    rows = [[torch.full((size,), factor) for size in sizes] for factor in (1.0, 10.0)]
+    total = combine(rows, torch.tensor([2.0, 0.5]))
+    assert_close(total, [torch.full((size,), 7.0) for size in sizes])
+    factors = torch.arange(14.0).view(2, 7)
+    total = combine(rows, factors)
+    for piece, first, second in zip(total, *factors, strict=True):
+        assert piece.unique().tolist() == [first + 10 * second]

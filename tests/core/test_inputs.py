@@ -11,9 +11,10 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from dbmtl import DBMTL, EMA, IMTLL, Balancer, Log, MaxNorm, Sum, make_balancer
+from dbmtl import DBMTL, EMA, IMTLL, Balancer, Identity, Log, MaxNorm, Sum, make_balancer
 from dbmtl.core.aggregator import GramianAggregator
-from dbmtl.core.inputs import ScaleWatch
+from dbmtl.core.inputs import ScaleWatch, read_losses
+from dbmtl.gradient_balancing.nash_mtl import NashMTL
 
 MODES = ["loop", "split", "batched"]
 NAMES = ("depth", "normal", "edge")
@@ -619,6 +620,49 @@ def test_equal_weighting_through_a_trunk_that_a_reentrant_checkpoint_hides():
         first, _, last = losses(model, True)
         balancer = make_balancer("EW", shared=model["trunk"], num_tasks=3)
         balancer.backward(dict(zip(NAMES, [first, alone, last], strict=True)))
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_a_reentrant_checkpoint_between_the_updates_of_nash_mtl(max_norm):
+    """Such a step is one ordinary pass, unless its direction may have to be shortened."""
+    model = net()
+    aggregator = NashMTL(max_norm=max_norm, update_every=2)
+    balancer = Balancer(Identity(), aggregator, shared=model["trunk"], num_tasks=3)
+    balancer.backward(losses_of(model))
+    x = torch.randn(6, 4, dtype=torch.float64)
+    z = checkpoint(model["trunk"][1], model["trunk"][0](x), use_reentrant=True)
+    losses = [head(z).square().mean() for head in model["heads"]]
+    if max_norm is None:
+        balancer.backward(losses)
+        assert balancer.step == 2
+    else:
+        with pytest.raises(RuntimeError, match="^reentrant checkpointing cannot give task grad"):
+            balancer.backward(losses)
+
+
+def test_a_loss_that_counts_nothing_may_have_any_shape():
+    """Of a rank without a sample of the task it may be the mean of nothing, or nothing at all."""
+    first, second, third = losses_of(net())
+    losses = [first, second, third.expand(0)]
+    batch = read_losses(losses, 3, only=[0], may_be_empty=True)
+    assert list(batch.idle_roots) == [1]
+    assert batch.own_tasks == [0]
+
+
+@pytest.mark.parametrize("form", [list, torch.stack])
+def test_a_task_without_a_loss_has_the_value_one(form):
+    losses = losses_of(net())
+    values = read_losses(form(losses), 3, only=[0, 2]).values
+    assert_close(values, torch.stack([losses[0], torch.ones(()).double(), losses[2]]).detach())
+
+
+def test_a_rank_has_no_share_in_a_task_that_no_rank_has():
+    batch = read_losses([loss if t < 2 else None for t, loss in enumerate(losses_of(net()))], 3)
+    counts = torch.tensor([8.0, 4.0, 0.0])
+    joined = batch.joined(torch.ones(3), counts, torch.tensor([2.0, 4.0, 0.0]), [0, 1])
+    assert joined.shares.tolist() == [0.25, 1.0, 0.0]
+    assert joined.present == joined.own_tasks == [0, 1]
+    assert joined.roots == batch.roots
 
 
 def test_one_of_two_scales_that_was_forgotten_is_counted():

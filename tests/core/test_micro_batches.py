@@ -7,6 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from dbmtl import DBMTL, Balancer, Identity, Log, MaxNorm, Sum, make_balancer
+from dbmtl.core.micro_batches import MicroBatches
 
 METHODS = ["EW", "loss-only", "gradient-only", "DB-MTL", "IMTL-L"]
 NAMES = ("depth", "normal", "edge")
@@ -183,6 +184,15 @@ def test_a_task_without_targets_may_have_a_nan_or_constant_loss():
             balancer.accumulate(model.losses(*piece), counts(piece[2]))
         balancer.backward()
         assert_close([p.grad for p in model.parameters()], run("DB-MTL", None, steps=1)[0][0])
+
+
+def test_a_loss_that_counts_nothing_does_not_enter_the_sum():
+    held = MicroBatches(2)
+    held.add_losses(torch.tensor([1.0, torch.nan]), torch.tensor([2.0, 0.0]), NAMES[:2])
+    held.add_losses(torch.tensor([4.0, 3.0]), torch.tensor([1.0, 4.0]), NAMES[:2])
+    held.leave_out_empty()
+    assert held.tasks is None
+    assert_close(held.values, torch.tensor([2.0, 3.0]))
 
 
 def test_micro_batches_without_anything_change_nothing():

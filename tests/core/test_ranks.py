@@ -23,6 +23,7 @@ from helpers.ranks import (
 )
 from torch import distributed as dist
 from torch import nn
+from torch.testing import assert_close
 
 from dbmtl import DBMTL, make_balancer
 
@@ -533,6 +534,18 @@ def scaled(rank, size):
 
 def test_a_scaler_on_every_rank(pools):
     agree(pools(2).run(scaled), scaled(0, 1))
+
+
+def input_gradient(rank, size):
+    model = Net()
+    x, y, valid = part(batch(0), rank, size)
+    x.requires_grad_()
+    make("EW", model).backward(model.losses(model.features(x), y, valid), size=valid.sum(1))
+    return x.grad
+
+
+def test_inputs_that_ask_for_gradients_stay_with_their_rank(pools):
+    assert_close(torch.cat(pools(2).run(input_gradient)), input_gradient(0, 1))
 
 
 def infinite(rank, size, name):

@@ -39,11 +39,11 @@ def wrong_shape(state):
 
 
 def wrong_position(state):
-    state["ema"][1][99] = torch.zeros(3)
+    state["ema"][1][4] = torch.zeros(3)  # there are four shared parameters
 
 
 def wrong_task(state):
-    state["ema"][7] = state["ema"][0]
+    state["ema"][3] = state["ema"][0]  # there are three tasks
 
 
 def no_tensor(state):

@@ -91,6 +91,15 @@ class DepthsOfAll(Net):
         ]
 
 
+class TwoBranches(Net):
+    """Two trunks side by side; the first head reads both, each other head one of them."""
+
+    def forward(self, x):
+        left, right = (branch(x).tanh() for branch in self.trunk)
+        features = [left * right, left, right]
+        return [head(z).square().mean() + 0.1 for head, z in zip(self.heads, features, strict=True)]
+
+
 class Forwards(Net):
     """One forward a task, as with one data loader a task."""
 
@@ -148,6 +157,7 @@ ZOO = {
     "expanded": expanded,
     "depths": lambda: (layers(Depths), torch.randn(5, 4)),
     "two depths each": lambda: (layers(DepthsOfAll, depth=2), torch.randn(5, 4)),
+    "two branches": lambda: (layers(TwoBranches, depth=2), torch.randn(5, 4)),
     "one forward a task": lambda: (layers(Forwards), torch.randn(5, 4)),
     "tied": lambda: (layers(Tied, depth=1), torch.randn(5, 4)),
     "chained losses": lambda: (layers(Chained), torch.randn(5, 4)),
@@ -295,6 +305,16 @@ def test_the_graph_is_freed_unless_retained(name, grads):
             RuntimeError, match="backward through the graph a second time|have already been freed"
         ):
             loss.backward()
+
+
+@pytest.mark.parametrize("grads", MODES)
+def test_the_trunk_is_freed_with_the_heads(grads):
+    net, x = case("mlp")
+    z = net.trunk(x)
+    losses = [head(z).square().mean() for head in net.heads]
+    task_gradients(losses, net.trunk, grads=grads)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        z.sum().backward()
 
 
 class Token:

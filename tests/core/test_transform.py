@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from dbmtl import IMTLL, Log, Transform
-from dbmtl.core.transform import Memory, slopes
+from dbmtl.core.transform import Memory, all_or_nothing, check_layout, slopes
 
 
 def float64(*values):
@@ -79,3 +79,18 @@ def test_memory_is_saved_with_its_stream_and_moves():
     assert restored.memory["nested"][1] == {"number": 4} and restored.memory["pair"][1] is None
     memory.memory["nested"][0].zero_()
     assert_close(restored.memory["nested"][0], float64(1.0, 1.0))
+
+
+def test_what_counts_in_whole_numbers_is_not_restored_from_floats():
+    counts = torch.zeros(3, dtype=torch.long)
+    check_layout("transform", counts + 1, counts.to("meta"), 3)
+    with pytest.raises(ValueError, match=r"transform in the state must be a tensor \[3\]"):
+        check_layout("transform", torch.ones(3), counts.to("meta"), 3)
+
+
+def test_a_stream_that_began_in_a_failed_step_begins_anew():
+    memory = Memory()
+    with pytest.raises(RuntimeError, match="a step"), all_or_nothing(memory):
+        torch.rand(3, generator=memory.generator())
+        raise RuntimeError("a step that fails")
+    assert memory.get_extra_state() == {"memory": {}, "streams": {}, "seed": None}

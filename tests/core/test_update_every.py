@@ -360,8 +360,9 @@ def test_micro_batches_get_the_same_weights():
     assert_close(found[:5], found[5:], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("max_norm", [None, 0.125])
-def test_a_scaler_changes_nothing_but_the_scale(max_norm):
+def test_a_scaler_changes_nothing_but_the_scale(max_norm, accumulate):
     found = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
         model = Net()
@@ -369,7 +370,10 @@ def test_a_scaler_changes_nothing_but_the_scale(max_norm):
         balancer = Balancer(Log(), fair, shared=model.trunk, num_tasks=3, update_every=2)
         for seed in range(2):
             model.zero_grad()
-            balancer.backward(model.losses(model.features(seed)), scaler=scaler)
+            losses = model.losses(model.features(seed))
+            if accumulate:
+                balancer.accumulate(losses, 2, scaler=scaler)
+            balancer.backward(None if accumulate else losses, scaler=scaler)
         found.append([g / (1 if scaler is None else 2.0**10) for g in model.grads()])
     assert_close(*found, rtol=1e-12, atol=1e-12)
 

@@ -94,8 +94,9 @@ def test_stl_networks_choose_their_epochs_one_by_one():
     }
 
 
-def test_a_metric_that_starts_at_zero_is_left_out_of_the_choice():
-    given = rows([0.0, 50.0, 10.0], [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("first", [0.0, -5.0])
+def test_a_metric_that_does_not_start_above_zero_is_left_out_of_the_choice(first):
+    given = rows([first, 50.0, 10.0], [1.0, 2.0, 3.0])
     given[2]["validation"]["b"]["MAE"] = 0.5
     assert improvements(given, DIRECTIONS) == [0.0, 0.0, 50.0]
     for row in given:

@@ -67,6 +67,35 @@ def test_every_epoch_has_another_order_and_every_seed_too():
     )
 
 
+def test_a_long_epoch_is_not_taken_for_a_forgotten_one():
+    """Elsewhere a method that waits for epochs warns when 200 steps have passed without one."""
+    scale = replace(toy.scale("smoke"), train_size=250, batch_size=1)
+    loop = lab.Loop(toy, toy.load(scale), toy.tasks, "DWA", 0, scale)
+    assert loop.steps == 250
+    assert loop.balancer.transform.means.patience >= loop.steps
+
+
+def test_three_batches_of_a_step_are_drawn_independently():
+    data = toy.load(toy.scale("smoke"))
+    loop = Run(toy, "SDMGrad", 0, "smoke", "cpu", None, data).loop
+    first, second, third = (torch.cat(order[None]).tolist() for order in loop.orders)
+    assert sorted(first) == sorted(second) == sorted(third)
+    assert first != second != third != first
+    alone = Run(toy, "EW", 0, "smoke", "cpu", None, data).loop
+    assert torch.cat(alone.orders[0][None]).tolist() == first
+
+
+def test_a_loop_goes_on_within_an_epoch_with_the_batches_that_it_had():
+    data = toy.load(toy.scale("smoke"))
+    loop = Run(toy, "EW", 0, "smoke", "cpu", None, data).loop
+    for _ in range(2):
+        loop.step()
+    other = Run(toy, "EW", 1, "smoke", "cpu", None, data).loop
+    lab.load_loop_state(other, lab.loop_state(loop))
+    assert other.position == 2
+    assert_close(other.orders, loop.orders)
+
+
 def test_equal_weighting_is_plain_training(tmp_path):
     """The loop against ten lines of PyTorch that do the same."""
     scale = toy.scale("smoke")

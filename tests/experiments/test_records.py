@@ -1,6 +1,7 @@
 """Records: identity, whole files, thinning, places, floors."""
 
 import copy
+import gzip
 import json
 import os
 import re
@@ -22,8 +23,10 @@ from dbmtl.experiments.records import (
     encode_record,
     figures_folder,
     find_record,
+    pack_records,
     project_root,
     protocol_note,
+    read_archive,
     read_record,
     read_records,
     round_numbers,
@@ -45,6 +48,43 @@ def made(method="EW", seed=0, state="finished", data="d", **more):
     return {"identity": identity, "config": config, "data": {"hash": data}, "state": state} | more
 
 
+# ----------------------------------------------------------------------------------------- archives
+
+
+def test_packed_records_are_found_and_replaced(tmp_path):
+    for seed in (0, 1):
+        write_record(made(seed=seed), tmp_path)
+    before = read_records(tmp_path)
+    [archive] = pack_records(tmp_path)
+    assert archive.name == "toy-smoke.jsonl.gz" and not list(tmp_path.glob("*/*.json"))
+    assert read_records(tmp_path) == before
+    assert find_record(made(seed=1)["config"], tmp_path)["config"]["seed"] == 1
+    write_record(made(seed=1, state="diverged"), tmp_path)
+    assert [r["state"] for r in read_records(tmp_path)] == ["finished", "diverged"]
+    assert find_record(made(seed=1)["config"], tmp_path)["state"] == "diverged"
+    pack_records(tmp_path)
+    assert [r["state"] for r in read_records(tmp_path)] == ["finished", "diverged"]
+    assert pack_records(tmp_path) == []
+
+
+def test_a_damaged_line_is_named_and_hides_no_other(tmp_path):
+    for seed in (0, 1):
+        write_record(made(seed=seed), tmp_path)
+    [archive] = pack_records(tmp_path)
+    lines = gzip.decompress(archive.read_bytes()).splitlines()
+    lines[0] = lines[0].replace(b"finished", b"diverged")
+    archive.write_bytes(gzip.compress(b"\n".join(lines)))
+    records, damaged = scan_records(tmp_path)
+    assert [r["config"]["seed"] for r in records] == [1]
+    assert "line 1" in damaged[0].reason and damaged[0].path == archive
+    write_record(made(seed=2), tmp_path)
+    with pytest.raises(DamagedRecord, match="line 1"):
+        pack_records(tmp_path)
+    assert len(list(tmp_path.glob("toy/*.json"))) == 1
+    archive.write_bytes(archive.read_bytes()[:-20])
+    assert read_archive(archive)[0] == [] and "toy-smoke" in str(read_archive(archive)[1][0])
+
+
 # ----------------------------------------------------------------------------------------- identity
 
 
@@ -54,6 +94,14 @@ def test_identity_changes_with_every_field_of_the_configuration():
     for key in base:
         seen.add(run_identity(base | {key: "another"}, "d"))
     assert len(seen) == 2 + len(base)
+
+
+def test_the_default_learning_rate_in_words_is_no_other_configuration():
+    rate = toy.scale("smoke").learning_rate
+    plain = configuration(toy, "EW", 0, "smoke")
+    assert configuration(toy, "EW", 0, "smoke", {"learning_rate": rate}) == plain
+    other = configuration(toy, "EW", 0, "smoke", {"learning_rate": 2 * rate})
+    assert other == plain | {"hyper": {"learning_rate": 2 * rate}}
 
 
 def test_identity_changes_with_every_field_of_the_scale():
@@ -506,6 +554,9 @@ def test_above_floor_takes_the_mean_gain_of_a_task():
 def test_above_floor_with_a_floor_of_zero():
     record = copy.deepcopy(FLOORED)
     record["floors"]["test"]["b"] = {"Acc": 0.0, "IoU": 0.0}
+    assert above_floor(record)["b"]
+    for selection in record["selected"].values():
+        selection["test"]["b"] = {"Acc": 0.001, "IoU": 0.0}  # small, and more than nothing
     assert above_floor(record)["b"]
 
 

@@ -255,6 +255,16 @@ def test_an_interrupted_fresh_run_goes_on_though_its_old_record_is_there(tmp_pat
     ]
 
 
+def test_a_fresh_run_takes_what_an_attempt_of_its_own_has_left(tmp_path):
+    def statuses_since(since):
+        return statuses(run_all("toy", ["EW"], out=tmp_path, fresh=True, since=since))
+
+    run_all("toy", ["EW"], out=tmp_path)
+    assert statuses_since(None) == ["done now"]
+    assert statuses_since(time.time() + 3600) == ["done now"]  # the record is older
+    assert statuses_since(time.time() - 3600) == ["already there"]
+
+
 # -------------------------------------------------------------------------------------------- names
 
 
@@ -276,10 +286,10 @@ def test_an_interrupted_fresh_run_goes_on_though_its_old_record_is_there(tmp_pat
         ({"--device": "cudda"}, "cudda"),
         (
             {"--methods": "DB-MTL(check=off)"},
-            "no setting 'check'; its settings: eps, alpha, weights, beta",
+            "no setting 'check'; its settings: eps, alpha, weights, shrinkage, beta",
         ),
         ({"--hyper": "DB-MTL:grads=loop"}, "no setting 'grads'"),
-        ({"--hyper": "check=off"}, "EW has no hyperparameters, got 'check'"),
+        ({"--hyper": "check=off"}, "EW has no setting 'check'; its settings: head_losses"),
         ({"--methods": "DB-MTL(num_tasks=3)"}, "no setting 'num_tasks'"),
         ({"--methods": "DB-MTL(shared=1)"}, "no setting 'shared'"),
         ({"--methods": "DB-MTL(model=1)"}, "no setting 'model'"),
@@ -309,6 +319,14 @@ def test_wrong_options_are_refused_before_training(change, message, tmp_path, ca
         main([word for pair in options.items() for word in pair])
     assert caught.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("has_cuda", [False, True])
+def test_large_scales_go_to_a_gpu_where_there_is_one(monkeypatch, has_cuda):
+    monkeypatch.setattr(lab.torch.cuda, "is_available", lambda: has_cuda)
+    large = "cuda" if has_cuda else "cpu"
+    devices = {scale: lab._device_for(scale) for scale in ("smoke", "cpu", "gpu", "paper")}
+    assert devices == {"smoke": "cpu", "cpu": "cpu", "gpu": large, "paper": large}
 
 
 def test_a_missing_cuda_device_is_said_so(monkeypatch):
@@ -843,6 +861,12 @@ def test_the_command_line_prints_the_metrics_and_the_data(tmp_path, capsys):
 def test_without_single_tasks_there_is_no_delta_p(tmp_path):
     [record] = run_all("toy", ["EW"], out=tmp_path)
     _, _, _, row = metrics_table([record]).splitlines()
+    assert row.split()[:3] == ["EW", "0", "-"]
+
+
+def test_single_tasks_with_settings_of_their_own_are_no_baseline(tmp_path):
+    methods = ["STL(learning_rate=0.01)", "EW"]
+    *_, row = metrics_table(run_all("toy", methods, out=tmp_path)).splitlines()
     assert row.split()[:3] == ["EW", "0", "-"]
 
 

@@ -1,11 +1,20 @@
 """Batches, evaluation and features."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from dbmtl.benchmarks.toy import toy
-from dbmtl.experiments.step import epoch_batches, evaluate, trunk_features
+from dbmtl.experiments.step import (
+    draw_share,
+    epoch_batches,
+    epoch_steps,
+    evaluate,
+    plain_sgd,
+    trunk_features,
+)
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -25,6 +34,49 @@ def test_short_tasks_cycle_with_fresh_permutations():
 def test_short_tasks_leave_out_the_rest_of_each_permutation():
     batches = epoch_batches(10, 4, torch.Generator().manual_seed(0), steps=5, drop_last=True)
     assert [len(batch) for batch in batches] == [4] * 5
+
+
+def test_an_epoch_has_the_steps_that_its_longest_task_needs():
+    tasks = [SimpleNamespace(name=name) for name in "abc"]
+    assert epoch_steps({"a": range(54), "b": range(90), "c": range(7)}, tasks, 16) == 5
+    assert epoch_steps({"a": range(3), "b": range(5), "c": range(7)}, tasks, 16) == 1
+    assert epoch_steps(range(50), tasks, 8) == 7
+    assert epoch_steps(range(50), tasks, 8, drop_last=True) == 6
+    assert epoch_steps(range(5), tasks, 8, drop_last=True) == 1
+
+
+def test_plain_sgd_keeps_the_rates_and_the_decay_of_each_group():
+    a, b = (nn.Parameter(torch.ones(1)) for _ in range(2))
+    groups = [{"params": [a], "weight_decay": 0.1}, {"params": [b], "lr": 0.5}]
+    optimizer = plain_sgd(torch.optim.Adam(groups, lr=0.01))
+    assert type(optimizer) is torch.optim.SGD
+    for group, parameter, rate, decay in zip(
+        optimizer.param_groups, (a, b), (0.01, 0.5), (0.1, 0.0), strict=True
+    ):
+        assert group["params"] == [parameter]
+        assert (group["lr"], group["weight_decay"], group["momentum"]) == (rate, decay, 0)
+
+
+class Labels:
+    """Four samples, of which the first two have a label."""
+
+    def batch(self, index):
+        return index, {"depth": torch.tensor([1, 1, 0, 0])[index]}
+
+
+@pytest.mark.parametrize(
+    "rank, size, drawn, count",
+    [
+        (0, 2, [0, 1], 2.0),
+        (1, 2, [2, 3], 1e-9),  # a loss of zero, which counts where no rank has a label
+        (4, 5, [0], 0.0),  # a sample for the forward pass, because there is none left
+    ],
+)
+def test_what_a_rank_draws_and_counts(rank, size, drawn, count):
+    task = SimpleNamespace(name="depth", count=torch.sum)
+    samples, counts = draw_share(Labels(), [task], {None: torch.arange(4)}, rank, size)
+    assert samples[None][0].tolist() == drawn
+    assert counts == [count]
 
 
 def test_a_task_smaller_than_a_batch_gives_all_it_has():

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from dbmtl.benchmarks.base import get_benchmark
 from dbmtl.experiments.terminal import parse_duration
 from dbmtl.experiments.train import train
 
@@ -26,5 +27,6 @@ def test_bad_durations(text):
 
 def test_a_bar_is_no_condition_of_a_run(tmp_path, monkeypatch):
     """tqdm is an extra: without it a run on a terminal goes on without a bar."""
+    get_benchmark("toy")  # first, because torchmetrics may import tqdm for itself
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert train("toy", "EW", out=tmp_path, progress=True)["state"] == "finished"

@@ -19,7 +19,7 @@ from dbmtl.experiments.checkpoints import load_checkpoint, save_checkpoint
 from dbmtl.experiments.records import read_records, selected
 from dbmtl.experiments.train import Run, resume, train
 
-MACHINE = ("seconds", "commit", "steps_now")
+MACHINE = ("seconds", "commit", "written", "steps_now")
 
 
 def numbers(record):
@@ -32,6 +32,21 @@ def test_training_leaves_the_callers_random_state_alone(tmp_path):
     before = torch.get_rng_state()
     train(toy, "EW", out=tmp_path)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_single_tasks_have_no_gradients_to_compare(tmp_path):
+    record = train(toy, "STL", out=tmp_path, monitor_every=5)
+    assert (record["monitor_every"], record["monitors"]) == (0, {})
+
+
+def test_a_record_counts_the_parameters_of_trunk_and_heads(tmp_path):
+    data = toy.load(toy.scale("smoke"))
+    model = Run(toy, "EW", 0, "smoke", "cpu", None, data).loop.model
+    numbers = {name: p.numel() for name, p in model.named_parameters()}
+    shared = sum(n for name, n in numbers.items() if name.startswith("trunk."))
+    heads = sum(n for name, n in numbers.items() if not name.startswith("trunk."))
+    record = train(toy, "EW", out=tmp_path, data=data)
+    assert record["parameters"] == {"shared": shared, "heads": heads}
 
 
 @pytest.mark.parametrize("method", ["EW", "DB-MTL", "STL"])
@@ -298,9 +313,8 @@ def test_a_negative_interval_of_monitors_is_refused(tmp_path):
 
 
 def test_options_of_the_balancer_are_no_settings(tmp_path):
-    with pytest.raises(
-        ValueError, match="has no setting 'check'; its settings: eps, alpha, weights, beta"
-    ):
+    message = "has no setting 'check'; its settings: eps, alpha, weights, shrinkage, beta"
+    with pytest.raises(ValueError, match=message):
         train("toy", "DB-MTL", out=tmp_path, hyper={"check": "off"})
 
 
@@ -410,6 +424,14 @@ def test_memory_that_ran_out_in_the_balancer_is_no_result(tmp_path, monkeypatch,
     with pytest.raises(type(error), match=re.escape(str(error))):
         train(toy, "EW", out=tmp_path, checkpoint_steps=2)
     assert not list(tmp_path.glob("*/*.json")) and len(list(tmp_path.glob("checkpoints/*.pt"))) == 1
+
+
+def test_no_checkpoint_is_written_where_the_record_follows(tmp_path, monkeypatch):
+    stored = []
+    monkeypatch.setattr(lab, "save_checkpoint", lambda path, state: stored.append(state["step"]))
+    record = train(toy, "EW", out=tmp_path, checkpoint_steps=6)
+    assert record["steps"] == 18
+    assert stored == [6, 12]
 
 
 @pytest.mark.parametrize(

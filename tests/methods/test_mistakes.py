@@ -43,6 +43,7 @@ MISSPELT = [
         "Balancer has no option 'emma'; did you mean 'ema'",
     ),
     (lambda m: make_balancer("EW", shared=m.trunk, num_taks=2), "make_balancer needs 'num_tasks'"),
+    (lambda m: DBMTL(shared=m.trunk, gradz="loop"), "DBMTL has no option 'gradz'"),
 ]
 
 
@@ -334,7 +335,7 @@ def test_methods_without_epochs_are_told_nothing():
 # ---------------------------------------------------------------- updates that somebody rescales
 
 
-def updated_by(optimizer_class, method="MTAdam", steps=12, **options):
+def updated_by(optimizer_class, method="MTAdam", steps=12, moved=(), **options):
     model = Net(dtype=torch.float32)
     balancer = make(method, model)
     optimizer = optimizer_class(model.parameters(), **({"lr": 1e-3} | options))
@@ -344,6 +345,9 @@ def updated_by(optimizer_class, method="MTAdam", steps=12, **options):
             balancer.backward(model.losses(model.features(seed)))
             optimizer.step()
             optimizer.zero_grad()
+            if seed in moved:
+                with torch.no_grad():
+                    model.trunk[0] += torch.randn(20)
     return [str(warning.message) for warning in caught]
 
 
@@ -357,6 +361,27 @@ def test_mtadam_under_another_adaptive_optimizer_says_so_once(optimizer_class):
 @pytest.mark.parametrize("options", [{}, {"lr": 1e-7}, {"weight_decay": 1e-4}, {"lr": 10.0}])
 def test_mtadam_under_sgd_says_nothing(options):
     assert updated_by(torch.optim.SGD, **options) == []
+
+
+def test_mtadam_says_nothing_where_weights_are_replaced_between_two_steps():
+    """Once may be weights that were loaded; twice in a row is an optimizer."""
+    assert updated_by(torch.optim.SGD, moved=(2, 5)) == []
+    assert len(updated_by(torch.optim.SGD, moved=(4, 5))) == 1
+
+
+def test_a_tensor_of_two_numbers_tells_nothing_of_the_optimizer():
+    """Any move of it lies between its gradient and itself: the next tensor is looked at."""
+    pair = nn.Parameter(torch.tensor([1.0, -2.0]))
+    weight = nn.Parameter(torch.linspace(-1, 1, 30))
+    balancer = make_balancer("MTAdam", shared=[pair, weight], num_tasks=2)
+    optimizer = torch.optim.Adam([pair, weight], lr=1e-2)
+    with pytest.warns(UserWarning, match="MTAdam writes finished updates into .grad"):
+        for step in range(1, 6):
+            slopes = torch.linspace(0, step, 30).sin()
+            losses = [(weight * slopes).sum() + pair[0], weight.square().sum() + pair.sum()]
+            balancer.backward(losses)
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def test_other_methods_may_have_any_optimizer():

@@ -186,7 +186,7 @@ def test_every_method_tells_its_hyper_parameters(name):
     for key, value in (hyperparameters(name) | small).items():
         if key == "seed":
             continue
-        if value is not None or key != "weights":  # shares are told where there are some
+        if value or key not in ("weights", "shrinkage"):  # told where there are some
             assert f"{key}={value!r}" in text, f"{key}={value!r} not in {text}"
         hyper = small | {key: another(key, value)}
         changed = repr(make_balancer(name, shared=model.trunk, num_tasks=3, **hyper))

@@ -5,6 +5,7 @@ the runner itself start as a user does.
 """
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -149,6 +150,61 @@ def test_reproduce_refuses_what_no_notebook_knows(project, args, message):
     assert done.returncode == 1
     assert message in done.stderr
     assert not (project / "out").exists()
+
+
+def test_reproduce_refuses_an_unknown_option_and_two_choices_at_once(project):
+    done = reproduce("--quik", root=project, out=project)
+    assert done.returncode == 1
+    assert "--quik: unknown option; did you mean '--quick'?" in done.stderr
+    done = reproduce("--quick", "--only", "first", root=project, out=project)
+    assert done.returncode == 2
+    assert "--only: not allowed with argument --quick" in done.stderr
+    assert not (project / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def runner():
+    """ci/run_notebooks.py as a module."""
+    spec = importlib.util.spec_from_file_location("run_notebooks", ROOT / "ci/run_notebooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_quick_notebooks_are_there_and_take_their_parameters(runner):
+    assert [name for name in runner.QUICK if not path_of(name).exists()] == []
+    declared = papermill.inspect_notebook(path_of(runner.QUICK[-1]))
+    assert set(runner.QUICK_PARAMETERS) <= set(declared)
+
+
+def test_options_to_suggest_are_those_that_there_are(runner, capsys):
+    with pytest.raises(SystemExit):
+        runner.parse_arguments(["--help"])
+    usage = capsys.readouterr().out
+    known = set(re.findall(r"(?<![\w-])--?[a-z]+", usage)) - {"-h"}
+    assert known == set(runner.OPTIONS)
+
+
+def test_quick_runs_its_notebooks_and_prints_where_the_picture_is(project, runner):
+    for name in runner.QUICK:
+        path = project / "nbs" / f"{name}.ipynb"
+        path.parent.mkdir(exist_ok=True)
+        write_notebook(path, ["1 + 1"])
+    sources = [
+        "scale = 'smoke'  # size\njobs = 1  # processes",
+        "assert (scale, jobs) == ('early', 3)",
+        "from pathlib import Path\n"
+        "folder = Path('../../out', scale)\n"
+        "folder.mkdir()\n"
+        "(folder / 'first_run.png').touch()\n"
+        "(folder / 'first_run.svg').touch()",
+    ]
+    write_notebook(project / "nbs" / f"{runner.QUICK[-1]}.ipynb", sources, parameters=True)
+    done = reproduce("--quick", "-p", "jobs", "3", root=project, out=project)
+    assert done.returncode == 0, done.stderr
+    *_, summary, picture = done.stdout.splitlines()
+    assert summary.startswith(f"{len(runner.QUICK)} of {len(runner.QUICK)} notebooks")
+    assert picture == f"figure: {project / 'out' / 'early' / 'first_run.png'}"
 
 
 def test_reproduce_runs_the_kernel_of_its_own_environment(project, tmp_path):

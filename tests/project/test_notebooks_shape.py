@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
-DIRECTIVES = {"default_exp", "export", "exporti", "exports", "hide"}
+DIRECTIVES = {"default_exp", "export", "exporti", "exports", "hide", "code-fold"}
 LEAKS = {
     "path": (
         r"(?<![\w.:/])/(?:home|root|Users|tmp|work|usr|opt|var|mnt|private|content)/\w"
@@ -58,7 +58,7 @@ class Cell:
         self.tags = raw["metadata"].get("tags", [])
         self.directives = []  # [(word, argument)] of the lines `#| word argument`
         if self.kind == "code":
-            self.directives = re.findall(r"^#\| *(\w+) *(.*?) *$", self.source, flags=re.M)
+            self.directives = re.findall(r"^#\| *([\w-]+):? *(.*?) *$", self.source, flags=re.M)
         words = [word for word, _ in self.directives]
         self.exported = any(word.startswith("export") for word in words)
         self.hidden = "hide" in words

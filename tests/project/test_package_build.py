@@ -194,6 +194,12 @@ def test_package_requirements():
     assert {"qm9", "lab", "notebooks", "dev"} <= set(PROJECT["optional-dependencies"])
 
 
+def test_package_lowest_torch_is_the_one_that_is_tested():
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    (torch,) = [text for text in PROJECT["dependencies"] if text.startswith("torch")]
+    assert f"{torch.replace('>=', '==')}.0 " in workflow
+
+
 def test_package_constraints_are_exact_and_cover_what_the_project_names():
     lines = (ROOT / "ci" / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
@@ -211,6 +217,35 @@ def test_package_settings_and_version_agree():
     text = (ROOT / "settings.ini").read_text(encoding="utf-8")
     settings = dict(re.findall(r"^(\w+) = (.*)$", text, flags=re.M))
     assert settings["version"] == dbmtl.__version__
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.+)$", citation, flags=re.M) == [dbmtl.__version__]
     assert settings["requirements"].split() == PROJECT["dependencies"]
     assert settings["update_pyproject"] == "False"
     assert settings["allowed_cell_metadata_keys"] == "tags"
+
+
+def changelog_sections():
+    """{version: its text}, newest first; each heading has a date, but for the unreleased part."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    heading = r"^## \[(Unreleased|\d+\.\d+\.\d+)\](?: - \d{4}-\d\d-\d\d)?\n"
+    _, *parts = re.split(heading, text, flags=re.M)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_package_version_is_the_newest_of_the_changelog():
+    sections = changelog_sections()
+    unreleased, newest, *_ = sections
+    assert (unreleased, newest) == ("Unreleased", dbmtl.__version__)
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert len(re.findall("^## ", text, flags=re.M)) == len(sections)
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    for section in sections.values():
+        headings = re.findall("^### (.+)$", section, flags=re.M)
+        assert set(headings) <= kinds and len(set(headings)) == len(headings)
+
+
+@pytest.mark.parametrize("tag", ["v0.0.1", dbmtl.__version__])
+def test_package_release_refuses_a_tag_of_another_version(tag):
+    done = subprocess.run([ROOT / "ci/release", tag], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert f"the tag is {tag}, and settings.ini has version {dbmtl.__version__}" in done.stderr

@@ -22,7 +22,15 @@ FOREIGN = {  # written so that this file does not hold what it looks for
     r"<{7} |>{7} ": "tests/project/test_notebooks_shape.py",
 }
 BINARY = {".npz", ".png", ".ico", ".gz"}
-COMMANDS = ["ci/reproduce", "ci/test", "ci/lab", "ci/refresh", "ci/book", ".ci/run"]
+COMMANDS = [
+    "ci/reproduce",
+    "ci/test",
+    "ci/lab",
+    "ci/refresh",
+    "ci/book",
+    "ci/release",
+    ".ci/run",
+]
 
 
 def tracked():

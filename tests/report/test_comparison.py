@@ -11,16 +11,9 @@ from scipy import stats
 
 from dbmtl.experiments.intervals import Interval, interval
 from dbmtl.experiments.metrics import delta_m, delta_p, delta_p_per_task, mean_rank
+from dbmtl.experiments.paired_tests import p_value
 from dbmtl.experiments.records import read_records, runs_folder, selected
-from dbmtl.report.comparison import (
-    Comparison,
-    estimate,
-    holm,
-    judged,
-    minus,
-    p_value,
-    worst_in_words,
-)
+from dbmtl.report.comparison import Comparison, estimate, holm, judged, minus, worst_in_words
 from dbmtl.report.runs import current_records
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dbmtl.experiments.method_labels import parse_method
-from dbmtl.experiments.records import configuration
+from dbmtl.experiments.records import configuration, read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "figures" / "paper"
@@ -37,9 +37,7 @@ def shown_scale(stem, benchmark):
 
 @cache
 def records(benchmark, scale):
-    paths = sorted((ROOT / "figures" / "runs" / benchmark).glob(f"{scale}-*.json"))
-    read = [json.loads(path.read_text()) for path in paths]
-    return [record for record in read if record["config"]["benchmark"] == benchmark]
+    return read_records(ROOT / "figures" / "runs", benchmark=benchmark, scale=scale)
 
 
 def run(benchmark, scale, label, seed):

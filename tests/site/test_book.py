@@ -149,6 +149,15 @@ def test_directives_and_hidden_cells_are_gone(book):
     assert "import matplotlib.pyplot" not in text  # of its hidden cell
 
 
+def test_solutions_are_folded(book):
+    notebook = (ROOT / "nbs/01_core/05_ema.ipynb").read_text(encoding="utf-8")
+    page = (book / "01_core" / "05_ema.html").read_text(encoding="utf-8")
+    folded = re.findall(r"<details.*?</details>", page, flags=re.DOTALL)
+    solutions = [part for part in folded if "Show the solution" in part]
+    assert len(solutions) == notebook.count("#| code-fold: true") == 3
+    assert "steps_above" in re.sub("<[^>]+>", "", solutions[0])
+
+
 def test_a_method_s_page_links_what_there_is_about_it(pages, book):
     links = pages[book / "methods" / "cagrad.html"].links
     assert "https://arxiv.org/abs/2110.14048" in links

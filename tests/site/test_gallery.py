@@ -258,7 +258,8 @@ def test_project_pictures_and_tables_have_cards_and_cards_have_them():
 def test_project_shelf_holds_what_a_shelf_should():
     """Folders as in nbs/; a picture is SVG, PNG and CSV, a table Markdown and CSV."""
     names = {path.name for path in FIGURES.iterdir()}
-    assert names == {"paper", "studies", "site", "benchmarks", "runs", "index.html", "replay.json"}
+    folders = {"paper", "studies", "site", "benchmarks", "runs", "evidence"}
+    assert names == folders | {"index.html", "replay.json", "protocol.md"}
     photographs = {"predictions_rooms", "predictions_streets"}  # and the arrays behind them
     for part in ("paper", "studies", "site"):
         for path in (FIGURES / part).iterdir():

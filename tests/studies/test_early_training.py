@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 
 from dbmtl.benchmarks.base import get_benchmark
+from dbmtl.experiments.records import read_records
 from dbmtl.registry import method_names
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "figures"
-FILES = [
-    json.loads(path.read_text())
-    for path in sorted((FIGURES / "runs").glob("qm9/early-*-s0-*.json"))
-]
+FILES = read_records(FIGURES / "runs", benchmark="qm9", scale="early", seed=0)
 NAMES = {"STL", *method_names()}  # not those with the logarithm in front, nor those with settings
 RECORDS = [r for r in FILES if r["config"]["method"] in NAMES and not r["config"]["hyper"]]
 TASKS = get_benchmark("qm9").task_names

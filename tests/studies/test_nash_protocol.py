@@ -12,6 +12,7 @@ import scipy.optimize
 import torch
 
 from dbmtl.benchmarks.base import get_benchmark
+from dbmtl.experiments.records import read_records
 from dbmtl.registry import make_balancer
 from dbmtl.report.paper import paper_claims, paper_summary, paper_table
 
@@ -155,8 +156,7 @@ def test_nash_protocol_table_recomputes_what_numpy_does():
 
 def records():
     found = {}
-    for path in sorted((FIGURES / "runs").glob("qm9/*.json")):
-        record = json.loads(path.read_text())
+    for record in read_records(FIGURES / "runs", benchmark="qm9"):
         config = record["config"]
         label = config["method"] + "".join(f"({k}={v})" for k, v in config["hyper"].items())
         found.setdefault(config["scale"]["name"], {})[label, config["seed"]] = record

@@ -1,0 +1,139 @@
+"""Questions: tuning on validation and tuning seeds alone, stages, the command."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from dbmtl.experiments import questions
+from dbmtl.experiments.method_labels import label_of
+from dbmtl.experiments.paired_tests import answer, power, seeds_needed, smaller_than
+from dbmtl.experiments.questions import (
+    Arm,
+    Question,
+    chosen_labels,
+    main,
+    next_runs,
+    rates,
+    records_of,
+    run_question,
+    tuning_scores,
+)
+from dbmtl.experiments.records import read_records
+from dbmtl.report.answers import answer_rows, findings_of
+
+
+def toy_question(**changes) -> Question:
+    question = Question(
+        name="toy",
+        title="Does it run?",
+        why="Of no use.",
+        benchmark="toy",
+        scale="smoke",
+        arms=(Arm("STL"), Arm("EW", rates(1e-3, 1e-2)), Arm("DB-MTL", like="EW")),
+        pairs=(("DB-MTL", "EW"),),
+        effect=1.0,
+        deviation=0.5,
+        seeds=(100, 101),
+        tuning_seeds=(50,),
+        minutes=0.1,
+    )
+    return replace(question, **changes)
+
+
+def invented(label, seed, error, test_error=1.0, state="finished"):
+    "A record of the toy whose validation and test errors are given."
+    method, _, rate = label.partition("@")
+    hyper = {"learning_rate": float(rate)} if rate else {}
+    selections = {}
+    for rule in ("best validation epoch", "average of the last ten epochs"):
+        selections[rule] = {
+            "epoch": 1,
+            "validation": {"a": {"MAE": error}},
+            "test": {"a": {"MAE": test_error}},
+        }
+    return {
+        "config": {"method": method, "hyper": hyper, "seed": seed, "benchmark": "toy"},
+        "state": state,
+        "selected": selections,
+        "directions": {"a": {"MAE": "down"}},
+    }
+
+
+def test_validation_chooses_and_test_does_not():
+    records = [
+        invented("EW", 50, error=2.0, test_error=0.1),
+        invented("EW@0.01", 50, error=1.0, test_error=9.0),
+    ]
+    assert chosen_labels(toy_question(), records)["EW"] == "EW(learning_rate=0.01)"
+
+
+def test_fresh_seeds_do_not_choose():
+    records = [
+        invented("EW", 50, error=1.0),
+        invented("EW@0.01", 50, error=2.0),
+        invented("EW@0.01", 100, error=0.01),
+    ]
+    assert chosen_labels(toy_question(), records)["EW"] == "EW"
+
+
+def test_an_arm_follows_the_choice_of_another():
+    records = [invented("EW", 50, error=2.0), invented("EW@0.01", 50, error=1.0)]
+    chosen = chosen_labels(toy_question(), records)
+    assert chosen["DB-MTL"] == "DB-MTL(learning_rate=0.01)"
+    labels, seeds = next_runs(toy_question(), records)
+    assert seeds == (100, 101) and set(labels) == set(chosen.values())
+
+
+def test_a_run_that_diverged_costs_its_candidate_the_choice():
+    runs = {
+        "EW": [invented("EW", 50, 1.0), invented("EW", 51, 0.0, state="diverged")],
+        "EW(learning_rate=0.01)": [invented("EW@0.01", 50, 5.0), invented("EW@0.01", 51, 5.0)],
+    }
+    scores = tuning_scores(runs)
+    assert scores["EW"] == -math.inf
+    assert scores["EW(learning_rate=0.01)"] == 0.0
+    assert tuning_scores({"EW": runs["EW"]}) == {"EW": -math.inf}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": (Arm("EW"), Arm("EW"))}, "arms twice"),
+        ({"baseline": "ST"}, "did you mean 'STL'"),
+        ({"arms": (Arm("STL"), Arm("EW", like="DB"), Arm("DB-MTL"))}, "unknown arm 'DB'"),
+        ({"seeds": (50, 100)}, "tuned on"),
+    ],
+)
+def test_a_question_that_makes_no_sense_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        toy_question(**changes)
+
+
+def test_the_command_trains_packs_and_answers(tmp_path, monkeypatch, capsys):
+    question = toy_question()
+    monkeypatch.setattr(questions, "QUESTIONS", (question,))
+    main(["toy", "--out", str(tmp_path), "--pack"])
+    assert "Does it run?" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.glob("*.gz")] == ["toy-smoke.jsonl.gz"]
+    records = records_of(question, tmp_path)
+    assert len(records) == 2 + 3 * 2
+    before = read_records(tmp_path)
+    run_question(question, tmp_path, progress=False)
+    assert read_records(tmp_path) == before and not list(tmp_path.glob("toy/*.json"))
+    findings = findings_of(question, records)
+    assert findings.is_done and answer_rows(findings)[0]["difference"] == "DB-MTL - EW"
+    lacking = [r for r in records if (label_of(r), r["config"]["seed"]) != ("STL", 101)]
+    incomplete = findings_of(question, lacking)
+    assert not incomplete.is_done
+    assert answer_rows(incomplete)[0]["answer"] == "not run"
+
+
+def test_power_and_equivalence_at_their_limits():
+    assert power(0.0, 2.0, 5, 0.01) == pytest.approx(0.01, abs=1e-9)
+    assert power(100.0, 1.0, 5) == pytest.approx(1.0)
+    assert seeds_needed(1.0, 1.0) == 13  # the textbook's number for one standard deviation
+    assert smaller_than([0.1, 0.1, 0.1], 0.5) == 0.0 and smaller_than([0.6, 0.6], 0.5) == 1.0
+    assert answer([0.0, 0.0, 0.0], 0.5).word == "no difference that matters"
+    assert answer([], 0.5).word == "not run"
+    assert answer([1.0, 1.1, 0.9], 0.5, p=0.2).sign == 0
