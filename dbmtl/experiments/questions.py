@@ -336,7 +336,9 @@ _AVERAGE_PAIRS = (
     (_AVERAGES[4], _AVERAGES[2]),
     (_AVERAGES[3], _AVERAGES[1]),
 )
+_RENEWED = ("DB-MTL", "DB-MTL(update_every=5)", "DB-MTL(update_every=20)")
 _CORNERS = ("EW", "loss-only", "gradient-only", "DB-MTL")
+_NEXT_BEST = ("Nash-MTL", "IGBv2", "GradNorm", "RLW", "UW", "IMTL-L")
 _CHOSEN_IN_1A = (
     "DB-MTL",
     "EW(learning_rate=0.0003)",
@@ -433,6 +435,22 @@ QUESTIONS = (
         seeds=FRESH_SEEDS[:8],
         minutes=150,
     ),
+    Question(
+        name="2b",
+        title="Does DB-MTL beat equal weighting, and the six baselines that come next, on PACS?",
+        why="Four tasks of a kind with Office-31's, and other pictures. The six are the best "
+        "baselines of the paper's Table 4, by the mean over both of its data sets.",
+        benchmark="pacs",
+        scale="cpu",
+        arms=tuple(Arm(label, ADAM) for label in ("STL", *_CORNERS, *_NEXT_BEST)),
+        pairs=_against("DB-MTL", "EW", *_NEXT_BEST, "STL")
+        + (("loss-only", "EW"), ("gradient-only", "EW")),
+        effect=0.5,
+        deviation=0.32,
+        seeds=FRESH_SEEDS,
+        tuning_seeds=(50,),
+        minutes=75,
+    ),
     _head_question(
         "3a",
         "Do the heads suffer from the 1/loss of their gradient, under Adam?",
@@ -480,6 +498,21 @@ QUESTIONS = (
         tuning_seeds=(50,),
         baseline=_AVERAGES[0],
         minutes=50,
+    ),
+    Question(
+        name="11a",
+        title="Does DB-MTL lose anything when its weights are renewed in every fifth or twentieth "
+        "step?",
+        why="update_every is what makes a step cheap, so it should be known what it costs.",
+        benchmark="office31",
+        scale="cpu",
+        arms=tuple(Arm(label) for label in _RENEWED),
+        pairs=((_RENEWED[1], _RENEWED[0]), (_RENEWED[2], _RENEWED[0])),
+        effect=0.5,
+        deviation=_SEED_SPREAD,
+        seeds=FRESH_SEEDS,
+        baseline=_RENEWED[0],
+        minutes=8,
     ),
 )
 
