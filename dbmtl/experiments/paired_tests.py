@@ -100,6 +100,14 @@ class Answer(NamedTuple):
         return self.p_equivalent < self.level
 
     @property
+    def in_words(self) -> str:
+        "The mean and its interval; a dash where there is none."
+        if self.interval is None:
+            return "-"
+        mean, low, high = self.interval[:3]
+        return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+    @property
     def word(self) -> str:
         "The answer in a few words."
         if self.interval is None:
