@@ -195,7 +195,14 @@ def stated_differences() -> list[Stated]:
     stl = minus("DB-MTL", "STL")
     return [
         *(
-            Stated("C02", name, stl, in_tables(name).get("DB-MTL"), is_needed=is_needed)
+            Stated(
+                "C02",
+                name,
+                stl,
+                in_tables(name).get("DB-MTL"),
+                labels=("DB-MTL",),
+                is_needed=is_needed,
+            )
             for name, is_needed in claimed_places("C02", "streets", "pacs")
         ),
         *_parts_alone("C07", "loss-only", "IMTL-L", 2, "log"),

@@ -40,6 +40,7 @@ def judged(
     measured: Interval | None,  # of a difference; None: there is none
     printed: float,  # the paper's difference
     own_benchmark: bool = True,  # is it the benchmark that the paper's claim is about?
+    effect: float | None = None,  # smallest difference that matters, where one was fixed
 ) -> str:
     "The word for a printed difference: its sign, and its size where the interval excludes it."
     if printed == 0:
@@ -52,6 +53,9 @@ def judged(
         return "one run"
     if measured.count < 3:
         return "undecided"
+    is_small = effect is not None and -effect < measured.low and measured.high < effect
+    if measured.sign == 0 and is_small:
+        return "no difference that matters"
     if measured.sign == 0:
         word = "undecided"
     else:
@@ -282,6 +286,7 @@ class Comparison:
         weights: dict,  # {method: factor}, as from `minus`
         printed: float,  # the same combination of the paper's values
         own_benchmark: bool = True,  # is it the benchmark that the paper's claim is about?
+        effect: float | None = None,  # smallest difference that matters, where one was fixed
         **which,  # as in `by_seed`
     ) -> Verdict:
         "The word for a printed combination of methods, by every rule of the epoch."
@@ -292,7 +297,7 @@ class Comparison:
             if isinstance(ours, str):
                 words[protocol] = "not run" if "not run" in ours else "none"
             else:
-                words[protocol] = judged(self.scale, ours, printed, own_benchmark)
+                words[protocol] = judged(self.scale, ours, printed, own_benchmark, effect)
         return Verdict(printed, intervals, words)
 
     def differences(
