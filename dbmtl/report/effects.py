@@ -111,7 +111,7 @@ def effects_figure(
 ):  # matplotlib figure
     "Forest of all settings, a panel a difference; the paper's value in the row of its setting."
     rows = list(dict.fromkeys(effects["row"]))
-    columns = min(2, len(differences))
+    columns = min(3, len(differences))
     lines = math.ceil(len(differences) / columns)
     if fig is None:
         fig = plt.figure(figsize=(PAGE, lines * (0.55 + 0.36 * len(rows)) + 0.3))
