@@ -406,10 +406,29 @@ def _archived(path: Path, *changed) -> tuple:
     damaged = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(_whole(json.loads(line, parse_constant=_refuse)))
+            record = _whole(json.loads(line, parse_constant=_refuse))
+            records.append(_tasks_in_order(record, _task_names(record)))
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             damaged.append(DamagedRecord(path, f"line {number}: {error}"))
     return records, damaged
+
+
+def _task_names(record) -> list:
+    "The tasks of a record's benchmark in its order; none where nobody knows the benchmark."
+    try:
+        return get_benchmark(record["config"]["benchmark"]).task_names
+    except ValueError:
+        return []
+
+
+def _tasks_in_order(value, tasks: list):
+    "The same content; where all keys are tasks, or pairs such as 'a|b', they get the tasks' order."
+    if not isinstance(value, dict):
+        return value
+    keys = list(value)
+    if all(set(key.split("|")) <= set(tasks) for key in keys):
+        keys.sort(key=lambda key: [tasks.index(task) for task in key.split("|")])
+    return {key: _tasks_in_order(value[key], tasks) for key in keys}
 
 
 def pack_records(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CORNERS', 'CORNER_PAIRS', 'DIFFERENCES', 'PRINTED', 'ablation_pages', 'corner_rows', 'common_tasks', 'common_sample',
            'is_partial', 'told_apart', 'verdict_rows', 'apart_in_words', 'forest_frame', 'forest_figure', 'task_frame',
-           'task_figure']
+           'task_figure', 'show_corners', 'show_differences', 'show_verdicts', 'show_tasks', 'ablation_in_words']
 
 # %% ../../nbs/11_report/13_ablation.ipynb #f31d2121
 from dataclasses import replace
@@ -13,14 +13,21 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from IPython.display import Markdown, display
 from matplotlib.lines import Line2D
 
 from ..experiments.paired_tests import p_value
+from .artifacts import show_rows
 from .comparison import RULES, Comparison, estimate, holm, minus
 from .paper import paper_averages, paper_table, printed_interval
 from .plots import dots, dots_legend, factor_axis, panel_grid
-from .results_page import as_printed, log_ratio
-from .several_benchmarks import BENCHMARK_TITLES, open_pages
+from .results_page import as_printed, in_words, log_ratio
+from dbmtl.report.several_benchmarks import (
+    BENCHMARK_TITLES,
+    about_all,
+    artifacts_of,
+    open_pages,
+)
 from .style import PAGE, method_color, printed_name
 
 # %% ../../nbs/11_report/13_ablation.ipynb #5c302724
@@ -324,3 +331,113 @@ def _corner_legend(fig, frame):
         look = {"marker": "D", "color": "black", "markerfacecolor": "white", "label": "paper"}
         handles.append(Line2D([], [], linestyle="none", **look))
     fig.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+
+# %% ../../nbs/11_report/13_ablation.ipynb #dda31c4d
+def _artifacts(pages):
+    runs = {page.benchmark.name: page.records for page in pages.values()}
+    return artifacts_of(pages).of(runs=runs)
+
+
+def show_corners(
+    pages: dict,  # {benchmark: Page}
+    titles: dict,  # {benchmark: title}
+) -> None:
+    "Table 5, stored and shown."
+    caption = (
+        "Table 5: delta_p in percent, higher is better, of the four corners of DB-MTL, ours by "
+        "both rules of the epoch; ± is the half width of Student's 95 % interval over seeds in our "
+        "rows, and the printed deviation over three runs in the paper's. PACS and generated "
+        f"streets are not in the paper. {about_all(pages, titles)}"
+    )
+    show_rows(_artifacts(pages), "table5", corner_rows(pages, titles), caption)
+
+
+def show_differences(
+    pages: dict,  # {benchmark: Page}
+    titles: dict,  # {benchmark: title}
+) -> None:
+    "The forest of differences, stored and shown; a line of text where nothing was run."
+    frame = forest_frame(pages, titles)
+    if frame.empty:
+        display(Markdown("No picture: no corner was run."))
+        return
+    caption = (
+        "Differences between the corners of DB-MTL, and their interaction, in percentage points of "
+        "delta_p, paired by seed. Dots are means, small dots seeds, lines Student's 95 % interval "
+        "(the paper's from its printed deviations). A panel that names fewer tasks averages over "
+        "those that all corners trained, which is not delta_p. "
+        f"{about_all(pages, titles)}"
+    )
+    fig = forest_figure(pages, titles)
+    _artifacts(pages).figure("table5_differences", fig, caption, frame)
+    plt.show()
+
+
+def show_verdicts(
+    pages: dict,  # {benchmark: Page}
+    titles: dict,  # {benchmark: title}
+) -> None:
+    "The differences with their verdicts, and what DB-MTL gains over equal weighting, in words."
+    words = apart_in_words(pages, titles)
+    caption = (
+        "The differences of Table 5 in percentage points of delta_p with Student's 95 % interval "
+        f"over seeds, paired by seed, and their verdicts. {words} {about_all(pages, titles)}"
+    )
+    rows = verdict_rows(pages, titles)
+    if rows:
+        show_rows(_artifacts(pages), "table5_verdicts", rows, caption, below=words)
+    gained = [
+        f"{titles[name]}: {in_words(page.comparison, 'DB-MTL', 'EW')}"
+        for name, page in pages.items()
+        if page.records
+    ]
+    display(Markdown("\n\n".join(gained)))
+
+
+def show_tasks(
+    pages: dict,  # {benchmark: Page}
+    titles: dict,  # {benchmark: title}
+) -> None:
+    "The corners task by task, stored and shown; nothing where nothing was run."
+    frame = task_frame(pages, titles)
+    if frame.empty:
+        return
+    caption = (
+        "The four corners task by task, in factors over single-task learning, on logarithmic axes; "
+        "above 1 is better. Dots are means over seeds, lines their range; hollow diamonds are the "
+        "paper's, recomputed from its printed metrics, which it has for EW and DB-MTL alone. Tasks "
+        "at their floor have no dot. Epochs by the first rule that all records have. "
+        f"{about_all(pages, titles)}"
+    )
+    _artifacts(pages).figure("table5_by_task", task_figure(pages, titles), caption, frame)
+    plt.show()
+
+# %% ../../nbs/11_report/13_ablation.ipynb #e7a2b427
+def ablation_in_words(
+    pages: dict,  # {benchmark: Page}
+    titles: dict,  # {benchmark: title}
+) -> str:
+    "What Table 5 says about both claims in our runs, in two sentences."
+    highest = []
+    below = []
+    complete = []
+    for name, page in pages.items():
+        levels = {label: page.comparison.delta_p(label) for label in CORNERS}
+        if any(isinstance(level, str) for level in levels.values()):
+            continue
+        complete.append(titles[name])
+        if max(levels, key=lambda label: levels[label].mean) == "DB-MTL":
+            highest.append(titles[name])
+        if page.comparison.contrast(DIFFERENCES["interaction"]).mean < 0:
+            below.append(titles[name])
+    if not complete:
+        return "No benchmark has a delta_p of all four corners."
+    apart = [is_apart for page in pages.values() for is_apart in told_apart(page).values()]
+    count = len(complete)
+    return (
+        f"Where all four corners have a delta_p ({', '.join(complete)}), both halves together have "
+        f"the highest mean on {len(highest)} of {count} ({', '.join(highest) or 'none'}), and "
+        f"their interaction is below zero on {len(below)} of {count} "
+        f"({', '.join(below) or 'none'}). Of the {len(apart)} differences that have two seeds, "
+        f"{sum(apart)} are told apart from zero by both rules of the epoch, with Holm's correction."
+    )

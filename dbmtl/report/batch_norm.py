@@ -4,26 +4,30 @@
 
 # %% auto #0
 __all__ = ['norms_of', 'own_statistics', 'shift_and_stretch', 'measured', 'read_rows', 'add_runs', 'accuracy_frame', 'gain_frame',
-           'domain_table', 'gain_table', 'frame_in_words', 'answer_in_words', 'both_ways_figure']
+           'domain_table', 'gain_table', 'frame_in_words', 'answer_in_words', 'both_ways_figure', 'table_path',
+           'ask_rows', 'frame_to_show', 'save_smoke_picture', 'show_both_ways', 'show_gains']
 
 # %% ../../nbs/11_report/22_batch_norm.ipynb #6a609b1d
 import copy
 import csv
 import itertools
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from IPython.display import Markdown, display
 from torch import nn
 
 from ..benchmarks.base import get_benchmark
 from ..experiments.epoch_selection import best_epoch, improvements
 from ..experiments.loop import Loop
-from ..experiments.records import commit
+from ..experiments.records import commit, figures_folder
 from ..experiments.step import evaluate
+from .artifacts import Artifacts
 from .comparison import estimate
-from .style import PAGE, method_color, printed_name
-from .tables import number, write_csv
+from .style import PAGE, method_color, printed_name, save_figure
+from .tables import markdown_table, number, write_csv
 
 # %% ../../nbs/11_report/22_batch_norm.ipynb #01f2aecd
 def norms_of(
@@ -292,3 +296,76 @@ def _both_ways_panel(ax, runs):
     ax.set_yticks(range(len(methods)), [printed_name(method) for method in methods])
     ax.set_ylim(len(methods) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
+
+# %% ../../nbs/11_report/22_batch_norm.ipynb #21b6f9df
+def table_path(
+    scale: str,
+) -> Path:
+    "The table of numbers of a scale; that of cpu scale is committed."
+    return figures_folder(scale) / "studies" / "batch_norm.csv"
+
+
+def ask_rows(
+    benchmarks: str,  # separated by commas
+    methods: str,  # separated by commas
+    seeds: str,  # separated by commas; empty: 0 at smoke scale, else 0,1,2
+    scale: str,
+    fresh: bool,  # train again what is in the table
+) -> list[dict]:
+    "The rows of a scale's table, with the runs asked for; smoke runs are made each time."
+    path = table_path(scale)
+    rows = [] if fresh or scale == "smoke" else read_rows(path)
+    asked = (seeds or ("0" if scale == "smoke" else "0,1,2")).split(",")
+    for name in benchmarks.split(","):
+        rows = add_runs(rows, name, scale, methods.split(","), asked, path)
+    return rows
+
+
+def frame_to_show(
+    rows: list[dict],  # from `ask_rows`
+) -> pd.DataFrame:
+    "The committed numbers; where there are none, these rows."
+    return accuracy_frame(read_rows(table_path("cpu")) or rows)
+
+
+def save_smoke_picture(
+    rows: list[dict],  # of smoke scale
+) -> None:
+    "The picture of smoke runs, in the ignored folder of their scale."
+    fig = both_ways_figure(accuracy_frame(rows))
+    save_figure(fig, "batch_norm", table_path("smoke").parent)
+    plt.close(fig)
+
+
+def show_both_ways(
+    artifacts: Artifacts,
+    frame: pd.DataFrame,  # from `frame_to_show`
+) -> None:
+    "The picture and the means over seeds; the picture of committed numbers is stored."
+    about = frame_in_words(frame)
+    caption = (
+        "Test accuracy of each domain, all on one axis. Hollow: running statistics mixed over all "
+        f"domains; filled: those of the domain, the same weights. A line a seed. {about}."
+    )
+    fig = both_ways_figure(frame)
+    if table_path("cpu").exists():
+        artifacts.figure("batch_norm", fig, caption)
+    plt.show()
+    display(Markdown(caption))
+    words = f"Test accuracy in percent; means over seeds. {about}."
+    display(Markdown(markdown_table(domain_table(frame), words)))
+
+
+def show_gains(
+    artifacts: Artifacts,
+    frame: pd.DataFrame,  # from `frame_to_show`
+) -> None:
+    "The table of delta_p both ways; that of committed numbers is stored."
+    gains = gain_table(frame)
+    caption = (
+        "delta_p with mixed and with own statistics, in percent; ± is the half width of Student's "
+        f"95 % interval over seeds, STL's spread included. {frame_in_words(frame)}."
+    )
+    if table_path("cpu").exists():
+        artifacts.table("batch_norm_gains", gains, caption)
+    display(Markdown(markdown_table(gains, caption)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'PLAIN', 'measure_costs', 'as_record', 'read_costs', 'costs_in_words', 'printed_costs', 'step_times',
            'more_than', 'alike', 'methods_of', 'cost_frame', 'cost_figure', 'cost_rows', 'cost_claim', 'place_among',
-           'log_rows', 'cost_parts', 'cost_captions', 'cost_in_words']
+           'log_rows', 'cost_parts', 'cost_captions', 'cost_in_words', 'show_costs', 'save_costs_here']
 
 # %% ../../nbs/11_report/14_cost.ipynb #fabaf277
 import json
@@ -17,16 +17,18 @@ from statistics import mean, median
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from IPython.display import Markdown, display
 
 from ..benchmarks.base import get_benchmark
 from ..experiments.loop import Loop
 from ..experiments.records import project_root
 from ..profile import StepCost, cost_rounds, step_clock
 from ..registry import method_names
+from .artifacts import Artifacts
 from .comparison import estimate, judged
 from .paper import paper_figure
 from .plots import dots, dots_legend, factor_axis
-from .style import PAGE, printed_name
+from .style import PAGE, printed_name, save_figure
 from .tables import number
 
 # %% ../../nbs/11_report/14_cost.ipynb #4799a467
@@ -393,12 +395,50 @@ def cost_captions(
 
 
 def cost_in_words(
-    rows: list[dict],  # from `cost_claim`
+    claim18: list[dict],  # from `cost_claim`
+    claim08: list[dict],  # from `log_rows`
 ) -> str:
-    "DB-MTL against loss methods and against the other gradient methods, in a sentence."
-    above, like = rows[:2]
+    "DB-MTL against loss methods and other gradient methods, and the logarithm, in two sentences."
+    above, like = claim18[:2]
+    if above["ours"] == "not run":
+        return "Ours: not run."
+    slower = [
+        f"{row['more, % of a step']:g} % of a step more for {row['method']} "
+        f"({row['C08 on generated rooms']})"
+        for row in claim08[1:]
+    ]
     return (
         f"DB-MTL costs {number(above['ours'])} percent more than the median loss method (the "
-        f"paper: {above['paper']:g}): {above['verdict']}. Against the other gradient methods it is "
-        f"{number(like['ours'])} percent more (the paper: {like['paper']:g}): {like['verdict']}."
+        f"paper: {above['paper']:g}; {above['verdict']}) and {number(like['ours'])} percent more "
+        f"than the median of the other gradient methods (the paper: {like['paper']:g}; "
+        f"{like['verdict']}). Against the log transform, the balancing part of a learned scale "
+        f"takes {' and '.join(slower)}."
     )
+
+
+def show_costs(
+    artifacts: Artifacts,
+    record: dict,  # from `read_costs`
+    printed: dict,  # from `printed_costs`
+) -> None:
+    "The figure, stored and shown; a line of text where nothing was measured."
+    caption = cost_captions(record)["figure"]
+    if not record["ms"]:
+        display(Markdown(caption))
+        return
+    fig = cost_figure(record, printed, sum(methods_of(printed), []))
+    artifacts.figure("figure7", fig, caption, cost_frame(record, printed))
+    plt.show()
+
+
+def save_costs_here(
+    costs: dict,  # {method: [StepCost]} from `measure_costs`, EW among them
+    failed: dict,  # {method: error}
+    scale: str,
+) -> Path:
+    "A figure of what was measured here and now, in the ignored folder of its scale."
+    folder = project_root() / "out" / scale / "figures" / "paper"
+    fig = cost_figure(as_record(costs, failed), printed_costs(), [*costs, *failed])
+    path, *_ = save_figure(fig, "figure7", folder)
+    plt.close(fig)
+    return path

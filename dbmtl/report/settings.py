@@ -22,15 +22,9 @@ from IPython.display import Markdown, display
 
 from ..experiments.method_labels import method_label
 from ..registry import hyperparameters, make_balancer
-from .artifacts import Artifacts
+from .artifacts import Artifacts, show_figure, show_rows
 from .comparison import RULES, Verdict
-from dbmtl.report.paired_methods import (
-    SmallNetwork,
-    counted,
-    show_figure,
-    show_rows,
-    verdict_rows,
-)
+from .paired_methods import SmallNetwork, counted, verdict_rows
 from .plots import SERIES, curve_frame, dots, dots_legend
 from .results_page import Page
 from .style import PAGE

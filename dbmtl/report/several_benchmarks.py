@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BENCHMARK_TITLES', 'ask_all', 'open_pages', 'artifacts_of', 'benchmark_titles', 'about_all', 'difference_frame',
-           'difference_figure', 'difference_rows']
+           'difference_figure', 'difference_rows', 'show_all_states']
 
 # %% ../../nbs/11_report/09_several_benchmarks.ipynb #8918aa84
 import matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ from ..experiments.intervals import Interval
 from .artifacts import Artifacts
 from .comparison import RULES
 from .plots import dots, dots_legend
-from .results_page import ask, open_page
+from .results_page import ask, open_page, run_states, save_smoke_pictures
 from .style import PAGE
 
 # %% ../../nbs/11_report/09_several_benchmarks.ipynb #e2894c62
@@ -180,3 +180,17 @@ def difference_rows(
                 row[f"ours, {RULES[rule]}"] = page.comparison.contrast(weights, rule)
         rows.append(row)
     return rows
+
+# %% ../../nbs/11_report/09_several_benchmarks.ipynb #e837bebf
+def show_all_states(
+    notebook: str,
+    made: dict,  # {benchmark: records}, from `ask_all`
+    **drawings,  # stem=function that draws {benchmark: Page}
+) -> list[str]:
+    "How the runs made here ended; those of smoke scale get their pictures."
+    scales = {run["config"]["scale"]["name"] for runs in made.values() for run in runs}
+    if scales == {"smoke"}:
+        pages = open_pages(notebook, dict.fromkeys(made), made, only_made=True)
+        pictures = {stem: draw(pages) for stem, draw in drawings.items()}
+        save_smoke_pictures(notebook, made, **pictures)
+    return run_states(made)

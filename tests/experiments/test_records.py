@@ -67,6 +67,20 @@ def test_packed_records_are_found_and_replaced(tmp_path):
     assert pack_records(tmp_path) == []
 
 
+def test_an_archived_record_has_its_tasks_in_the_order_of_the_benchmark(tmp_path):
+    """Tables and curves follow the order of the tasks, which the sorted keys of an archive lose."""
+    curves = {"train": {task: [2.0, 1.0] for task in toy.task_names}, "epochs": [1, 2]}
+    pairs = ["unit|large", "unit|small", "large|small"]
+    monitors = {"cosines": dict.fromkeys(pairs, [0.5]), "steps": [0]}
+    record = made(curves=curves, monitors=monitors, directions=toy.directions)
+    write_record(record, tmp_path)
+    [archive] = pack_records(tmp_path)
+    [again] = read_archive(archive)[0]
+    assert list(again["curves"]["train"]) == list(again["directions"]) == toy.task_names
+    assert toy.task_names != sorted(toy.task_names)
+    assert list(again["monitors"]["cosines"]) == pairs
+
+
 def test_a_damaged_line_is_named_and_hides_no_other(tmp_path):
     for seed in (0, 1):
         write_record(made(seed=seed), tmp_path)

@@ -3,6 +3,7 @@ images go."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 from PIL import Image
 
 from dbmtl.benchmarks.base import get_benchmark
+from dbmtl.report import predictions
+from dbmtl.report.predictions import errors_in_words
 
 pytestmark = pytest.mark.full
 
@@ -119,6 +122,25 @@ def test_predictions_beat_constants_on_their_scenes(stem):
     assert not np.array_equal(arrays["EW depth"], arrays["DB-MTL depth"])
 
 
+@pytest.mark.parametrize("stem", ALBUMS)
+def test_predictions_errors_by_numpy(stem):
+    """The sentence about classes, counted pixel by pixel."""
+    name, _ = ALBUMS[stem]
+    arrays, about = album(stem)
+    label = arrays["label"].astype(int)
+    known = label != 255
+    first, last = ((arrays[f"{m} label"] != label) & known for m in about["methods"][-2:])
+    near = np.zeros_like(known)
+    for place in np.ndindex(label.shape):
+        _, y, x = place
+        window = label[place[0], max(y - 4, 0) : y + 5, max(x - 4, 0) : x + 5]
+        near[place] = len(set(window[window != 255])) > 1
+    parts = [(first, known), (last, known), (last, first), (near, first), (near, known)]
+    shares = [f"{100 * (part & whole).sum() / whole.sum():.0f} %" for part, whole in parts]
+    said = errors_in_words(arrays | {"about": about}, get_benchmark(name))
+    assert re.findall(r"\d+ %", said) == shares
+
+
 def test_predictions_are_drawn_again_from_their_albums(tmp_path):
     """A smoke run draws the committed pictures anew, its own elsewhere, and no album changes."""
     (tmp_path / "figures" / "studies").mkdir(parents=True)
@@ -183,8 +205,8 @@ def test_predictions_of_real_images_stay_out_of_figures(tmp_path, monkeypatch):
         scales={"cpu": replace(size, extra=size.extra | {"source": "real"}), "generated": size},
     )
     given = {"scale": "cpu", "benchmarks": "nyuv2", "images": 2}
-    names = {"get_benchmark": lambda name: small, "display": lambda *found: shown.extend(found)}
-    run_cells(given, names)
+    monkeypatch.setattr(predictions, "display", lambda *outputs: shown.extend(outputs))
+    run_cells(given, {"get_benchmark": lambda name: small})
     made = tmp_path / "out" / "out" / "predictions"
     assert sorted(path.name for path in made.iterdir()) == [
         "nyuv2_cpu.npz",
