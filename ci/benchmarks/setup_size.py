@@ -1,4 +1,4 @@
-"""What each extra takes on disk: its packages and all that they require, as they are installed here.
+"""What each extra takes on disk: its packages and what they require, as installed here.
 
     python ci/benchmarks/setup_size.py     where `dev` and `book` are installed
 
