@@ -9,6 +9,7 @@ import shlex
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ QUICK = [  # the method, and one benchmark trained
     "17_site/07_first_run",
 ]
 QUICK_PARAMETERS = {"scale": "early", "jobs": 2}
+RECIPES = ["accelerate", "lightning", "tensorboard", "transformers"]  # the extra of that name
 PICTURES_AND_NUMBERS = {".png", ".svg", ".csv"}
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of a traceback in a terminal
 
@@ -88,6 +90,25 @@ def select_notebooks(pattern):
         known = [name_of(path) if "/" in pattern else path.stem for path in notebooks]
         sys.exit(f"--only {pattern}: no notebook of that name; {did_you_mean(pattern, known)}")
     return matching
+
+
+def lacks_packages(notebook):
+    """Does a recipe need packages that are not installed?"""
+    code = "\n".join(c.source for c in nbformat.read(notebook, 4).cells if c.cell_type == "code")
+    imported = set(re.findall(r"^ *(?:import|from) (\w+)", code, re.MULTILINE))
+    return any(name in imported and find_spec(name) is None for name in RECIPES)
+
+
+def without_recipes(selected):
+    """The notebooks that can run here; says which others were chosen, and what they need."""
+    lacking = [notebook for notebook in selected if lacks_packages(notebook)]
+    if lacking:
+        names = ", ".join(name_of(notebook) for notebook in lacking)
+        install = "-m pip install --constraint ci/constraints.txt --editable '.[recipes]'"
+        print(f"left out: {names}\nthey need packages: {sys.executable} {install}", flush=True)
+    if lacking == selected:
+        sys.exit("nothing is left to run")
+    return [notebook for notebook in selected if notebook not in lacking]
 
 
 # -------------------------------------------------------------------------------- parameters
@@ -286,7 +307,7 @@ def main(arguments=None):
     # of figures/ and out/, as in dbmtl.experiments.records
     root = Path(os.environ.get("DBMTL_OUT") or ROOT).resolve()
     copies = root / "out" / "notebooks"
-    selected = quick_notebooks() if args.quick else select_notebooks(args.only)
+    selected = without_recipes(quick_notebooks() if args.quick else select_notebooks(args.only))
     declared = {notebook: set(papermill.inspect_notebook(notebook)) for notebook in selected}
     requested = requested_parameters(args, declared)
 

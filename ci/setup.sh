@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Sourced by the other commands, from the root of the project: finds or makes the environment and
-# leaves its Python in $PY. An active environment whose torch is in range is used; otherwise .venv,
-# made if there is none. A torch that imports is never replaced: everything else is installed
-# around that very version.
+# Sourced by the other commands, as `source setup.sh EXTRA`, from the root of the project: finds or
+# makes the environment, installs the project with that extra and leaves its Python in $PY. An
+# active environment whose torch is in range is used; otherwise .venv, made if there is none. A
+# torch that imports is never replaced: everything else is installed around that very version.
 
 torch_in_range() {
     "$1" - <<'PYTHON' 2>/dev/null
@@ -75,22 +75,35 @@ install() {
     "$PY" -m pip check || [ "$own_environment" = no ]
 }
 
+# prints the extras that hold all that an extra holds
+extras_with() {
+    case $1 in
+    reproduce) echo "reproduce notebooks book dev" ;;
+    notebooks) echo "notebooks dev" ;;
+    *) echo "$1" ;;
+    esac
+}
+
 setup() {
-    local stamp key bin
+    local stamp key extra bin
     choose_environment || return 1
     # nothing to do where this folder was set up from these very files
     stamp=$("$PY" -c 'import sys; print(sys.prefix)')/.dbmtl-setup
     key=$(cat ci/constraints.txt pyproject.toml settings.ini ci/setup.sh |
         "$PY" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
     key="$PWD $key"
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
-        install '.[dev]' || return 1
-        echo "$key" >"$stamp"
-    fi
     bin=$(dirname "$PY")
     export PATH="$bin:$PATH"
+    for extra in $(extras_with "$1"); do
+        if grep -qsxF "$key $extra" "$stamp"; then
+            return
+        fi
+    done
+    install ".[$1]" || return 1
+    grep -qsF "$key " "$stamp" || rm -f "$stamp" # of other files, or of another folder
+    echo "$key $1" >>"$stamp"
 }
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 unset PYTHONPATH PYTHONHOME IN_TEST
-setup || exit 1
+setup "$1" || exit 1

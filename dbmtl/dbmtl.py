@@ -12,8 +12,8 @@ from typing import Unpack
 from torch import Tensor, nn
 
 from .core.balancer import Balancer, BalancerOptions
+from .core.checks import known_options
 from .core.ema import EMA
-from .core.inputs import known_options
 from .core.method_facts import Facts, Origin
 from .gradient_balancing.max_norm import MaxNorm
 from .loss_balancing.log import Log
@@ -59,7 +59,7 @@ class DBMTL(Balancer):
     >>> optimizer.step()
     """
 
-    @known_options("DBMTL", Balancer.__init__)
+    @known_options(*BalancerOptions.__annotations__)
     def __init__(
         self,
         *,

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .core.aggregator import Aggregator, why_not_kept
-from .core.balancer import Balancer
-from .core.checks import nearest_name
+from .core.balancer import Balancer, BalancerOptions
+from .core.checks import known_options, nearest_name
 from .core.ema import EMA
-from .core.inputs import known_options
 from .core.method_facts import Facts, hyperparameters_of
 from .core.transform import Memory, Transform
 from .dbmtl import DBMTL
@@ -143,6 +142,7 @@ def _arguments(part: type | None) -> dict:  # {keyword: default}
     return hyperparameters_of(part)
 
 # %% ../nbs/05_registry.ipynb #e1fe9085
+@known_options()
 def hyperparameters(name: str) -> dict:  # {keyword: default}
     "What a method may be given by keyword."
     point = _point(name)
@@ -208,17 +208,15 @@ class Recipe(NamedTuple):
     level: str = "parameters"
 
 # %% ../nbs/05_registry.ipynb #ee769d7f
-def _check_keywords(name: str, hyper: dict):
-    "Raise ValueError for a keyword that a method does not have."
+def _check_keywords(name: str, hyper: dict, options: Iterable[str] = ()):
+    "Raise ValueError for keywords that a method does not have; `options` are those of all methods."
     known = hyperparameters(name)
+    unknown = [keyword for keyword in hyper if keyword not in known]
+    if unknown:
+        hints = [f"{keyword!r}{_hint(keyword, [*known, *options])}" for keyword in unknown]
+        listed = f"Known: {list(known)}" if known else "It has none"
+        raise ValueError(f"{name} has no hyper-parameter {' It has no '.join(hints)} {listed}")
     for keyword in hyper:
-        if not known:
-            raise ValueError(f"{name} has no hyper-parameters, got {keyword!r}")
-        if keyword not in known:
-            raise ValueError(
-                f"{name} has no hyper-parameter {keyword!r}{_hint(keyword, known)} "
-                f"Known: {list(known)}"
-            )
         if isinstance(hyper[keyword], str) and _is_number(hyper[keyword]):
             raise ValueError(
                 f"{name}: {keyword} is a number written as text; "
@@ -242,6 +240,7 @@ def _make(part: type, num_tasks: int, hyper: dict):
     return part(**keywords)
 
 # %% ../nbs/05_registry.ipynb #ef151441
+@known_options(of=hyperparameters)
 def recipe(
     name: str,  # see `method_names`
     num_tasks: int,  # T
@@ -259,6 +258,7 @@ def recipe(
     return Recipe(transform, aggregator, ema, point.level)
 
 # %% ../nbs/05_registry.ipynb #1f28debe
+@known_options()
 def settings_of(name: str) -> dict:  # {keyword: default}
     "What a sweep may vary: the hyperparameters, and options that the method takes."
     settings = dict(hyperparameters(name))
@@ -270,7 +270,7 @@ def settings_of(name: str) -> dict:  # {keyword: default}
     return settings
 
 # %% ../nbs/05_registry.ipynb #162c2bf3
-@known_options("make_balancer")
+@known_options(of=hyperparameters)
 def make_balancer(
     name: str,  # a name of the paper: see `method_names`
     *,
@@ -310,6 +310,7 @@ def make_balancer(
     if update_every is not None and "update_every" in hyperparameters(name):
         hyper["update_every"] = update_every  # the method's own, which is part of its state
         update_every = None
+    _check_keywords(name, hyper, BalancerOptions.__annotations__)
     made = recipe(name, num_tasks, **hyper)
     return Balancer(
         made.transform,
@@ -339,6 +340,7 @@ def _facts_of(point: Point) -> Facts:
     return point.aggregator.facts
 
 # %% ../nbs/05_registry.ipynb #075feacd
+@known_options()
 def method_facts(name: str) -> dict:
     "Source, equation, defaults and known differences; see [the tables](17_site/01_methods.ipynb)."
     base = name.partition("+")[0]

@@ -24,9 +24,11 @@ def is_full(item):
     """Is this one of the tests that `--fast` leaves out?
 
     Those that take more than a second or two or start processes are marked `full`
-    (`pytest --durations=60` tells), and each method is tested without the log alone.
+    (`pytest --durations=60` tells), or have a fixture that does; and each method is tested without
+    the log alone.
     """
-    return item.get_closest_marker("full") or "+log" in item.name
+    starts_processes = {"pools", "warm_python"} & set(item.fixturenames)
+    return item.get_closest_marker("full") or starts_processes or "+log" in item.name
 
 
 def missing(item):

@@ -17,7 +17,7 @@ from importlib.resources import files
 import torch
 from torch import Tensor
 
-from ..core.checks import check_choice, check_whole, unknown_name
+from ..core.checks import check_choice, check_whole, known_options, unknown_name
 
 # %% ../../nbs/09_benchmarks/01_base.ipynb #b34bd4de
 @dataclass(frozen=True)
@@ -226,6 +226,7 @@ def benchmark_names() -> list[str]:
     return list(_places())
 
 # %% ../../nbs/09_benchmarks/01_base.ipynb #ed288fc5
+@known_options()
 def get_benchmark(
     name,  # a name of `benchmark_names()`; a Benchmark is returned as it is
 ) -> Benchmark:

@@ -27,7 +27,7 @@ from dbmtl.core.aggregator import (
     why_not_kept,
     why_not_sharded,
 )
-from .checks import check_choice, check_whole
+from .checks import check_choice, check_whole, known_options
 from .ema import EMA, beta_at
 from .features import backward_once, feature_passes, read_features
 from .grad_scale import GradScale, PendingGradients
@@ -40,7 +40,6 @@ from dbmtl.core.inputs import (
     check_graph,
     check_losses,
     check_parallel,
-    known_options,
     read_losses,
     read_values,
 )
@@ -294,7 +293,7 @@ class Balancer:
     >>> balancer.backward({"depth": loss_a, "normal": loss_b})
     """
 
-    @known_options("Balancer")
+    @known_options()
     def __init__(
         self,
         transform: Transform,  # the loss axis

@@ -9,7 +9,7 @@ __all__ = ['smooth', 'beta_at', 'EMA']
 import torch
 from torch import Tensor
 
-from .checks import check_number
+from .checks import check_number, known_options
 from .gramian import norms
 from .task_gradients import widened
 
@@ -40,6 +40,7 @@ def beta_at(
 class EMA:
     "Moving average of each task's gradient, beta / k^beta_decay on the OLD value (Algorithm 1)."
 
+    @known_options()
     def __init__(
         self,
         beta: float = 0.5,  # weight of the old value at step 1, in [0, 1)

@@ -4,20 +4,17 @@
 
 # %% auto #0
 __all__ = ['Batch', 'read_losses', 'read_values', 'check_losses', 'check_graph', 'check_parallel', 'ScaleWatch', 'StepWatch',
-           'known_options', 'about_donated_buffers']
+           'about_donated_buffers']
 
 # %% ../../nbs/01_core/12_inputs.ipynb #8dd2fb42
 import contextlib
-import functools
-import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
-from typing import NamedTuple, ParamSpec, TypeVar
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import nearest_name
 from .grad_scale import GradScale
 from .gramian import tensor_norms
 from dbmtl.core.task_gradients import (
@@ -396,57 +393,6 @@ def _without(vector: Tensor, direction: Tensor) -> Tensor:
     square = (direction * direction).sum()
     along = (vector * direction).sum() / square.where(square > 0, 1.0)
     return vector - along * direction
-
-# %% ../../nbs/01_core/12_inputs.ipynb #02c3acaf
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def _keywords(function) -> tuple[dict, bool]:  # {name: parameter}, and are others handed on?
-    "What a function may be given by name."
-    parameters = inspect.signature(function).parameters
-    by_name = {
-        name: p
-        for name, p in parameters.items()
-        if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and name != "self"
-    }
-    return by_name, any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def known_options(
-    name: str,  # of the class or function, for the error
-    *others: Callable,  # what `**options` is handed on to
-) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """A decorator: keywords that a function does not have raise TypeError with the nearest one.
-
-    Without `others`, a function with `**options` checks those itself; then only a keyword that
-    must be given is looked for among the misspelt ones.
-    """
-
-    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
-        own, takes_more = _keywords(function)
-        known = list(own)
-        for other in others:
-            known += [key for key in _keywords(other)[0] if key not in known]
-        needed = [key for key, p in own.items() if p.kind is p.KEYWORD_ONLY]
-        needed = [key for key in needed if own[key].default is inspect.Parameter.empty]
-
-        @functools.wraps(function)
-        def checked(*arguments: _P.args, **options: _P.kwargs) -> _R:
-            unknown = [key for key in options if key not in known]
-            forgotten = [key for key in needed if key not in options]
-            for key in unknown:
-                nearest = nearest_name(key, forgotten or known)
-                if forgotten and nearest:
-                    raise TypeError(f"{name} needs {nearest!r}; {key!r} is misspelt")
-                if others or not takes_more:
-                    hint = f"; did you mean {nearest!r}?" if nearest else "."
-                    raise TypeError(f"{name} has no option {key!r}{hint} Known: {known}")
-            return function(*arguments, **options)
-
-        return checked
-
-    return decorate
 
 # %% ../../nbs/01_core/12_inputs.ipynb #903c217a
 @contextlib.contextmanager

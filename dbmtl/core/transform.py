@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .checks import known_options
+
 # %% ../../nbs/01_core/07_transform.ipynb #fd10c4f7
 class Memory(nn.Module):
     """A module whose `memory` (tensors, numbers, nested) and random streams are part of its state.
@@ -22,6 +24,12 @@ class Memory(nn.Module):
 
     keeps_rows = False  # have all tensors that are remembered later a row for each task?
 
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = known_options()(cls.__init__)
+
+    @known_options()
     def __init__(
         self,
         seed: int | None = None,  # of the random streams; None draws one when it is first needed

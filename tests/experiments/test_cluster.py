@@ -495,9 +495,11 @@ if "dbmtl.run" in sys.orig_argv and "--parent" in sys.orig_argv:
 
 
 def need(*packages):
-    """Skip without the packages; but fail where ci/setup.sh made the environment, or on CI."""
+    """Skip without the packages; but fail where ci/setup.sh installed `dev`, or on CI."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing and (os.environ.get("CI") or (Path(sys.prefix) / ".dbmtl-setup").exists()):
+    stamp = Path(sys.prefix) / ".dbmtl-setup"
+    is_set_up = stamp.exists() and " dev\n" in stamp.read_text()
+    if missing and (os.environ.get("CI") or is_set_up):
         pytest.fail(f"{', '.join(missing)} belong to the extra dev, and are missing")
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")

@@ -135,6 +135,7 @@ def test_the_scale_s_own_learning_rate_is_no_setting(tmp_path):
     assert statuses(results) == ["already there"]
 
 
+@pytest.mark.full
 def test_processes_get_the_learning_rate(tmp_path):
     (result,) = run_all("toy", ["EW"], out=tmp_path, jobs=2, hyper={"learning_rate": 3e-4})
     assert result["status"] == "done now"

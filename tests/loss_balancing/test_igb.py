@@ -46,6 +46,7 @@ def test_igb_weights_are_positive_with_sum_t(num_tasks, random_epochs):
 
 
 @pytest.mark.filterwarnings("ignore:IGBv2 waits for the end of an epoch")
+@pytest.mark.full
 def test_igb_random_weights_are_a_softmax_of_standard_normals():
     igb = IGBv2(2, seed=3)
     weights = feed(igb, torch.ones(4000, 2).double()) / 2
@@ -259,6 +260,7 @@ def test_updates_equal_a_plain_soft_actor_critic(bounded):
     assert_close(kept["policy"][-1], log_alpha.detach(), rtol=1e-10, atol=0)
 
 
+@pytest.mark.full
 def test_the_temperature_brings_the_entropy_to_minus_t():
     agent = SoftActorCritic(2, hidden=(16,), gamma=0.0, lr=1e-2, seed=0)
     for weights in feed(IGBv2(2, seed=0), torch.ones(100, 2)):

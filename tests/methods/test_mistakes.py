@@ -8,7 +8,21 @@ import torch
 from helpers.methods import BASES, EPOCHS, FEATURES, Net, every_base, make, same, step
 from torch import nn
 
-from dbmtl import DBMTL, Balancer, CAGrad, Identity, MaxNorm, Sum, make_balancer
+from dbmtl import (
+    DBMTL,
+    EMA,
+    Balancer,
+    CAGrad,
+    Identity,
+    Log,
+    MaxNorm,
+    Sum,
+    get_benchmark,
+    hyperparameters,
+    make_balancer,
+    method_facts,
+)
+from dbmtl.registry import method_classes, recipe, settings_of
 
 WEIGHS_LOSSES = {  # one backward pass of a sum: nothing is balanced by its gradient
     "EW", "LS", "GLS", "RLW", "DWA", "UW", "IMTL-L", "IGBv2", "FAMO", "STCH", "UW-SO", "loss-only",
@@ -43,7 +57,12 @@ MISSPELT = [
         "Balancer has no option 'emma'; did you mean 'ema'",
     ),
     (lambda m: make_balancer("EW", shared=m.trunk, num_taks=2), "make_balancer needs 'num_tasks'"),
-    (lambda m: DBMTL(shared=m.trunk, gradz="loop"), "DBMTL has no option 'gradz'"),
+    (lambda m: DBMTL(shared=m.trunk, num_tasks=2, aggregator=Sum()), "has no option 'aggregator'"),
+    (lambda m: EMA(bta=0.5), "EMA has no option 'bta'; did you mean 'beta'"),
+    (lambda m: hyperparameters(nam="EW"), "hyperparameters needs 'name'; 'nam' is misspelt"),
+    (lambda m: settings_of(nam="EW"), "settings_of needs 'name'; 'nam' is misspelt"),
+    (lambda m: method_facts(nam="EW"), "method_facts needs 'name'; 'nam' is misspelt"),
+    (lambda m: get_benchmark(nam="toy"), "get_benchmark needs 'name'; 'nam' is misspelt"),
 ]
 
 
@@ -51,6 +70,71 @@ MISSPELT = [
 def test_a_misspelt_option_gets_the_nearest_name(call, message):
     with pytest.raises(TypeError, match=message):
         call(Model())
+
+
+TWO_MISTAKES = {
+    "DBMTL": lambda m: DBMTL(shared=m.trunk, gradz="loop"),
+    "Balancer": lambda m: Balancer(Log(), Sum(), shared=m.trunk, gradz="loop"),
+    "make_balancer": lambda m: make_balancer("CAGrad", shared=m.trunk, gradz="loop"),
+}
+
+
+@pytest.mark.parametrize("function", TWO_MISTAKES)
+def test_a_misspelt_option_and_a_forgotten_one_are_told_together(function):
+    message = f"{function} has no option 'gradz'; did you mean 'grads'. It needs 'num_tasks'. Known"
+    with pytest.raises(TypeError, match=message):
+        TWO_MISTAKES[function](Model())
+
+
+def test_a_method_of_a_name_knows_its_own_options_too():
+    trunk = Model().trunk
+    message = "has no option 'rescle'; did you mean 'rescale'. It needs 'num_tasks'"
+    with pytest.raises(TypeError, match=f"make_balancer {message}"):
+        make_balancer("CAGrad", shared=trunk, rescle=1)
+    with pytest.raises(TypeError, match=f"make_balancer {message}"):
+        make_balancer(name="CAGrad", shared=trunk, rescle=1)
+    with pytest.raises(TypeError, match="recipe needs 'num_tasks'; 'num_task' is misspelt.*'resc"):
+        recipe("CAGrad", num_task=2, rescle=1)
+    with pytest.raises(TypeError, match="make_balancer needs 'name'; 'nam' is misspelt.$"):
+        make_balancer(nam="CAGrad", shared=trunk, num_tasks=2, c=0.4)
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'num_tasks'"):
+        make_balancer("CAGrad", shared=trunk, c=0.4)
+
+
+def test_all_misspelt_options_are_told_together():
+    trunk = Model().trunk
+    with pytest.raises(TypeError, match="did you mean 'grads'. It has no option 'betta'; did you"):
+        DBMTL(shared=trunk, num_tasks=2, gradz="loop", betta=0.5)
+    with pytest.raises(
+        ValueError, match="did you mean 'rescale'. It has no 'chek'; did you mean '"
+    ):
+        make_balancer("CAGrad", shared=trunk, num_tasks=2, rescle=1, chek="off")
+
+
+@pytest.mark.parametrize("name", method_classes())
+def test_every_class_of_a_method_names_both_mistakes(name):
+    method = method_classes()[name]
+    parameters = inspect.signature(method).parameters
+    needed = [key for key, p in parameters.items() if p.default is p.empty]
+    free = [key for key in parameters if key not in needed]
+    sentences = [f"needs '{key}'" for key in needed]
+    if free:
+        sentences.append(f"has no option '{free[-1]}s'; did you mean '{free[-1]}'")
+    with pytest.raises(TypeError) as error:
+        method(**({f"{free[-1]}s": 1} if free else {"xyzzy": 1}))
+    assert str(error.value).startswith(f"{name} has no option")
+    assert all(sentence in str(error.value) for sentence in sentences)
+
+
+def test_a_method_of_ones_own_is_told_as_well():
+    class Mine(Log):
+        def __init__(self, strength, **options):
+            super().__init__(**options)
+
+    with pytest.raises(TypeError, match="Mine needs 'strength'; 'strenght' is misspelt"):
+        Mine(strenght=3)
+    with pytest.raises(TypeError, match="Mine has no option 'epz'; did you mean 'eps'"):
+        Mine(3, epz=1e-6)
 
 
 def test_an_option_like_no_other_gets_the_list():

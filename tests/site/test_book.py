@@ -40,6 +40,7 @@ OPENED = [
     "search.html?q=gramian",
 ]
 WIDTHS = (390, 1440)
+EXERCISES = ["01_core/05_ema", "02_loss_balancing/01_log"]  # with folded solutions
 
 
 class Page(HTMLParser):
@@ -205,6 +206,26 @@ MEASURE = """(async () => {
 })()"""
 
 
+FOLDS = """(() => {
+    const folds = [...document.querySelectorAll("details")].filter(
+        fold => fold.querySelector("summary").textContent.includes("Show the solution"));
+    const height = fold => fold.querySelector("pre").getBoundingClientRect().height;
+    return JSON.stringify({
+        open: folds.map(fold => fold.open),
+        seen: folds.map(fold => height(fold) > 0),
+        prompts: folds.map(fold => fold.querySelector("summary").innerText.trim()),
+        wide: document.documentElement.scrollWidth - window.innerWidth,
+    });
+})()"""
+SUMMARY = """(() => {
+    const summary = [...document.querySelectorAll("details > summary")].filter(
+        each => each.textContent.includes("Show the solution"))[NUMBER];
+    summary.scrollIntoView({block: "center", behavior: "instant"});
+    const box = summary.getBoundingClientRect();
+    return JSON.stringify({x: box.x + box.width / 2, y: box.y + box.height / 2});
+})()"""
+
+
 class Browser:
     """A headless Chromium that is spoken to by its protocol for debugging."""
 
@@ -240,10 +261,25 @@ class Browser:
         )
         await self.call("Page.navigate", url=address)
         await self.loaded()
+        return await self.evaluate(MEASURE), list(self.errors())
+
+    async def evaluate(self, expression):
+        """What an expression tells as JSON."""
         answer = await self.call(
-            "Runtime.evaluate", expression=MEASURE, awaitPromise=True, returnByValue=True
+            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
         )
-        return json.loads(answer["result"]["value"]), list(self.errors())
+        return json.loads(answer["result"]["value"])
+
+    async def unfold(self, address, width):
+        """What FOLDS says before each solution of a page got a click, and after."""
+        await self.open(address, width)
+        before = await self.evaluate(FOLDS)
+        for number in range(len(before["open"])):
+            place = await self.evaluate(SUMMARY.replace("NUMBER", str(number)))
+            click = {"button": "left", "clickCount": 1, **place}
+            await self.call("Input.dispatchMouseEvent", type="mousePressed", **click)
+            await self.call("Input.dispatchMouseEvent", type="mouseReleased", **click)
+        return before, await self.evaluate(FOLDS)
 
     def errors(self):
         for event in self.events:
@@ -271,7 +307,7 @@ def address(book, page):
 
 
 async def visit(port, book, pictures):
-    """{(page, width): (measures, errors)}."""
+    """{(page, width): (measures, errors)}, and {(page, width): (folds before, folds after)}."""
     from tornado.httpclient import AsyncHTTPClient
     from tornado.websocket import websocket_connect
 
@@ -287,8 +323,14 @@ async def visit(port, book, pictures):
             seen[page, width] = await browser.open(address(book, page), width)
             name = re.sub(r"\W+", "-", page)
             await browser.picture(pictures / f"{name}-{width}.png")
+    unfolded = {}
+    for page in EXERCISES:
+        for width in WIDTHS:
+            unfolded[page, width] = await browser.unfold(address(book, page), width)
+            name = re.sub(r"\W+", "-", page)
+            await browser.picture(pictures / f"{name}-unfolded-{width}.png")
     connection.close()
-    return seen
+    return seen, unfolded
 
 
 def wait_for_port(process, profile):
@@ -326,7 +368,7 @@ def visits(book, tmp_path_factory):
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("page", OPENED)
 def test_page_opens_in_a_browser(visits, page, width):
-    measures, errors = visits[page, width]
+    measures, errors = visits[0][page, width]
     assert errors == []
     assert measures["wide"] <= 0
     assert measures["bad"] == 0
@@ -335,10 +377,23 @@ def test_page_opens_in_a_browser(visits, page, width):
 
 
 def test_formulas_are_rendered(visits):
-    measures, _ = visits["03_gradient_balancing/09_cagrad", 1440]
+    measures, _ = visits[0]["03_gradient_balancing/09_cagrad", 1440]
     assert measures["rendered"] > 10
 
 
 def test_search_finds_pages_from_the_file_system(visits):
-    measures, _ = visits["search.html?q=gramian", 1440]
+    measures, _ = visits[0]["search.html?q=gramian", 1440]
     assert measures["results"] > 5
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("page", EXERCISES)
+def test_a_click_opens_a_solution(visits, page, width):
+    before, after = visits[1][page, width]
+    number = len(before["open"])
+    assert number >= 2
+    assert before["open"] == before["seen"] == [False] * number
+    assert before["prompts"] == ["Show the solution"] * number
+    assert after["open"] == after["seen"] == [True] * number
+    assert after["prompts"] == ["Hide the solution"] * number
+    assert before["wide"] <= 0 and after["wide"] <= 0
