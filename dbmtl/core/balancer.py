@@ -605,8 +605,9 @@ class Balancer:
         "Where this rank is in the program."
         given = [option is not None for option in options]
         step = "" if isinstance(self.step, Tensor) else f", step {self.step}"
-        # of shards, the cosines are a sum over the ranks
-        cosines = ", with_cosines" if self.with_cosines and self.sync == "shard" else ""
+        # of coordinates that are spread over the ranks, the cosines are a sum over them
+        is_spread = self.sync == "shard" or self.level == "features"
+        cosines = ", with_cosines" if self.with_cosines and is_spread else ""
         return f"{name}{step}, {self.num_tasks} tasks, names {self._names}, {given}{cosines}"
 
     @property
@@ -807,7 +808,7 @@ class Balancer:
             balanced = [sum(balanced)]
         pairs = zip(scale.rescale(balanced), features, strict=True)
         cotangents = [cotangent.to(z.dtype) for cotangent, z in pairs]
-        cosines = cosines_between(rows) if self.with_cosines else None
+        cosines = cosines_between(rows, over_ranks) if self.with_cosines else None
         choice = self._with_head_losses(choice, slope, batch)
         step = _Step(choice, PendingGradients(), list(heads), cosines=cosines)
         self._add_heads([heads], choice, scale, step.pending)

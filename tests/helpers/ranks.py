@@ -72,7 +72,7 @@ class Seen(list):
     def note(self, model, balancer):
         state = balancer.gathered_state_dict()
         weights = [p.detach().clone() for p in balancer.parameters()]
-        numbers = [balancer.slopes, balancer.weights, balancer.nonfinite.clone()]
+        numbers = [balancer.slopes, balancer.weights, balancer.nonfinite.clone(), balancer.log()]
         self.append([model.grads(), numbers, weights, tensors(state)])
 
 
@@ -98,11 +98,12 @@ def follow(model, balancer, data, rate=1e-2):
     balancer.end_epoch()
 
 
-def train(rank, size, name, steps=5, accumulate=False, **options):
+def train(rank, size, name, steps=5, accumulate=False, cosines=False, **options):
     """Some steps of one rank; one rank of one is the joined batch."""
     warnings.simplefilter("error")
     model = Net()
     balancer = make(name, model, **options)
+    balancer.with_cosines = cosines
     seen = Seen()
     for seed in range(steps):
         drawn = [batch(10 * seed + k) for k in range(balancer.aggregator.num_batches)]
