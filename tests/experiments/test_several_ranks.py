@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import pytest
@@ -150,7 +149,7 @@ def test_a_run_goes_on_with_as_many_ranks_as_began_it(trained):
 def test_torchrun_starts_and_a_signal_stops_all_ranks(tmp_path, warm_python):
     """One table and one line a run are shown, and at most one checkpoint is left."""
     meeting = place(2)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--no-python"]
+    torchrun = [*warm_python, "-m", "torch.distributed.run", "--no-python"]
     torchrun += ["--nproc-per-node", "2", "--master-addr", meeting["MASTER_ADDR"]]
     torchrun += ["--master-port", meeting["MASTER_PORT"], *warm_python]
     seeds = ",".join(map(str, range(500)))
