@@ -76,6 +76,26 @@ def test_cosines_of_features_on_one_rank_alone_raise_on_all(pools):
         assert "not at the same place" in error
 
 
+def counts_of_batches(rank, size, name, given):
+    """A step of three batches whose counts differ, on all ranks or on one."""
+    model = Net()
+    balancer = make(name, model)
+    pieces = [part(batch(seed), rank, size) for seed in range(3)]
+    counts = [valid.sum(1) for _, _, valid in pieces]
+    assert not all(same(count, counts[0]) for count in counts)
+    sizes = dict(zip(("size", "size2", "size3"), counts, strict=True))
+    wanted = given if rank else set(sizes)
+    losses = [model.losses(model.features(x), y, valid) for x, y, valid in pieces]
+    balancer.backward(*losses, **{key: sizes[key] for key in sizes if key in wanted})
+
+
+@pytest.mark.parametrize("name", sorted(THREE))
+@pytest.mark.parametrize("given", [{"size"}, {"size2", "size3"}])
+def test_counts_of_some_of_three_batches_raise_on_all_ranks(pools, name, given):
+    for _, error in pools(2).answers_of(counts_of_batches, name, given):
+        assert "give size, size2 and size3" in error
+
+
 ACCUMULATED = [name for name in BASES if name not in FEATURES | THREE | {"FAMO"}]
 
 

@@ -108,9 +108,7 @@ def train(rank, size, name, steps=5, accumulate=False, cosines=False, **options)
     seen = Seen()
     for seed in range(steps):
         drawn = [batch(10 * seed + k) for k in range(balancer.aggregator.num_batches)]
-        valid = torch.stack([data[2] for data in drawn]).all(0)  # equal counts in all batches
-        pieces = [part((*data[:2], valid), rank, size) for data in drawn]
-        sizes = pieces[0][2].sum(1)
+        pieces = [part(data, rank, size) for data in drawn]
         if accumulate:
             x, y, valid = pieces[0]
             for one in range(len(x)):
@@ -122,7 +120,9 @@ def train(rank, size, name, steps=5, accumulate=False, cosines=False, **options)
             zs = [model.features(x) for x, _, _ in pieces]
             losses = [model.losses(z, *data[1:]) for z, data in zip(zs, pieces, strict=True)]
             features = {"features": zs[0]} if balancer.level == "features" else {}
-            balancer.backward(*losses, size=sizes, **features)
+            counts = [valid.sum(1) for _, _, valid in pieces]
+            sizes = dict(zip(("size", "size2", "size3"), counts, strict=False))
+            balancer.backward(*losses, **sizes, **features)
         seen.note(model, balancer)
         follow(model, balancer, pieces[0])
     seen.append([p.detach().clone() for p in model.parameters()])
