@@ -380,6 +380,8 @@ class Balancer:
         losses3: Losses | None = None,
         *,
         size: Any = None,  # number, T, or dict: the count behind each mean; None: equal on ranks
+        size2: Any = None,  # the same for `losses2` and `losses3`, which have counts of their own
+        size3: Any = None,
         missing: str | None = None,  # as for the balancer, for this step
         features: Losses | None = None,  # at feature level: what heads read, one tensor or T
         scaler: torch.amp.GradScaler | None = None,  # the losses are not scaled
@@ -387,10 +389,11 @@ class Balancer:
         "Add the balanced gradient to `.grad`; without losses, finish what `accumulate` holds."
         ranks = self._meet(losses)
         given = (losses, losses2, losses3)
+        sizes = (size, size2, size3)
         # read and check: nothing is written before this has passed, on any rank
         read, told = ranks.agreed(
-            self._call("backward", size),
-            lambda: self._read_step(given, size, missing, features, scaler),
+            self._call("backward", *sizes),
+            lambda: self._read_step(given, sizes, missing, features, scaler),
             self._report,
         )
         batches = self._join(read, told)
@@ -420,7 +423,9 @@ class Balancer:
         self._finish_step(batch, slope, step, learned_scales)
         step.pending.run_hooks()
 
-    def _read_step(self, given: tuple, size, missing: str | None, features, scaler) -> _Read:
+    def _read_step(
+        self, given: tuple, sizes: tuple, missing: str | None, features, scaler
+    ) -> _Read:
         "What `backward` was given, read and checked on this rank."
         self._refuse_torn_averages()
         self._mode.check()
@@ -430,7 +435,7 @@ class Balancer:
             held = self._finished_micro_batches(scaler, skip)
             parts = [_Part(held, held.sizes, [skip] * self.num_tasks)]
         else:
-            parts = self._read_batches(given, size, skip, features)
+            parts = self._read_batches(given, sizes, skip, features)
         is_whole = self.ranks.size == 1
         self.aggregator.unchecked = ()  # of a step that failed
         for part in parts:
@@ -444,7 +449,7 @@ class Balancer:
             self._learn_partition(batch)
         return _Read(parts, features, scale)
 
-    def _read_batches(self, given: tuple, size, skip: bool, features) -> list[_Part]:
+    def _read_batches(self, given: tuple, sizes: tuple, skip: bool, features) -> list[_Part]:
         "The batches of a step, read and checked against what the method takes."
         if self._micro_batches:
             raise RuntimeError(
@@ -460,20 +465,34 @@ class Balancer:
             )
         if self.aggregator.num_batches == 3 and len(more) < 2:
             raise ValueError(f"{name} needs three batches: backward(losses, losses2, losses3)")
+        self._check_sizes(sizes)
         if self.level == "features" and features is None:
             raise ValueError("level='features': call backward(losses, features=z)")
         if self.level != "features" and features is not None:
             raise ValueError("features were given, but level is 'parameters'")
         takes_one_pass = self._method_takes_one_pass() and self.aggregator.max_norm is None
         one_pass = takes_one_pass and self.ranks.size == 1
-        only = self._counted(losses, size)
-        first = self._read(losses, only, one_pass=one_pass, skip=skip)
-        batches = [first, *(self._read(extra, only, first.names, skip=skip) for extra in more)]
-        pairs = zip([losses, *more], batches, strict=True)
-        return [
-            _Part(batch, self._counts(batch, size), self._excused(extra, batch, skip))
-            for extra, batch in pairs
-        ]
+        names = None
+        parts = []
+        for of_batch, size in zip([losses, *more], sizes, strict=False):
+            only = self._counted(of_batch, size)
+            batch = self._read(of_batch, only, names, one_pass=one_pass, skip=skip)
+            excused = self._excused(of_batch, batch, skip)
+            parts.append(_Part(batch, self._counts(batch, size), excused))
+            names = batch.names
+        return parts
+
+    def _check_sizes(self, sizes: tuple):
+        "Raise ValueError unless all batches of a step have counts, or none."
+        given = [size is not None for size in sizes]
+        name = type(self.aggregator).__name__
+        if self.aggregator.num_batches == 1 and any(given[1:]):
+            raise ValueError(f"{name} takes one batch: give its counts as size")
+        if self.aggregator.num_batches == 3 and any(given) and not all(given):
+            raise ValueError(
+                f"{name} takes three batches, each of which has its own counts: give size, size2 "
+                "and size3, or none of them where the counts are equal on all ranks"
+            )
 
     def _counted(self, losses, size) -> list[int] | None:
         "The tasks with a size above zero; None: all."
@@ -604,8 +623,9 @@ class Balancer:
         "Where this rank is in the program."
         given = [option is not None for option in options]
         step = "" if isinstance(self.step, Tensor) else f", step {self.step}"
-        # of shards, the cosines are a sum over the ranks
-        cosines = ", with_cosines" if self.with_cosines and self.sync == "shard" else ""
+        # of coordinates that are spread over the ranks, the cosines are a sum over them
+        is_spread = self.sync == "shard" or self.level == "features"
+        cosines = ", with_cosines" if self.with_cosines and is_spread else ""
         return f"{name}{step}, {self.num_tasks} tasks, names {self._names}, {given}{cosines}"
 
     @property
@@ -806,7 +826,7 @@ class Balancer:
             balanced = [sum(balanced)]
         pairs = zip(scale.rescale(balanced), features, strict=True)
         cotangents = [cotangent.to(z.dtype) for cotangent, z in pairs]
-        cosines = cosines_between(rows) if self.with_cosines else None
+        cosines = cosines_between(rows, over_ranks) if self.with_cosines else None
         choice = self._with_head_losses(choice, slope, batch)
         step = _Step(choice, PendingGradients(), list(heads), cosines=cosines)
         self._add_heads([heads], choice, scale, step.pending)

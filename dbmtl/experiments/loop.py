@@ -197,7 +197,7 @@ class Loop:
         samples, counts = self._draw(batches)
 
         # The losses of each batch; the first batch is the one that everybody reports.
-        (losses, features), joined = self._joined(lambda: self._forward(samples), counts)
+        (losses, features), joined = self._joined(lambda: self._forward(samples), counts[0])
         self.losses = joined.losses
 
         # The monitor looks before the balancer, whose backward pass frees the graph.
@@ -209,7 +209,8 @@ class Loop:
         # The balancer takes the place of `loss.backward()`: it fills the gradients.
         with _errors_of_the_method(self._by_task(self.losses)):
             balanced = map(self._by_task, losses)
-            self.balancer.backward(*balanced, size=counts, scaler=self.scaler, **features)
+            sizes = dict(zip(("size", "size2", "size3"), counts, strict=False))
+            self.balancer.backward(*balanced, **sizes, scaler=self.scaler, **features)
 
         # The step itself. A finished step counts, whatever the second look finds.
         self._move()
@@ -219,7 +220,7 @@ class Loop:
 
         # A method that judges its step sees the losses of the same samples after it.
         if self.balancer.transform.looks_again:
-            self._look_again(samples[0], counts)
+            self._look_again(samples[0], counts[0])
         self.position += 1
 
     def _by_task(self, losses) -> dict:
@@ -230,17 +231,17 @@ class Loop:
         return {name: batches[self.position] for name, batches in order.items()}
 
     def _draw(self, batches: list) -> tuple:
-        """The samples of each batch, of which a rank takes its share.
+        """The samples of each batch, of which a rank takes its share, and its counts.
 
-        With several ranks also the T counts behind this rank's mean losses of the first batch.
+        With several ranks those are the T counts behind this rank's mean losses; otherwise None.
         """
         train = self.data.train
         rank = self.ranks.rank
         size = self.ranks.size
         if size == 1:
-            return [draw(train, batch) for batch in batches], None
+            return [draw(train, batch) for batch in batches], [None] * len(batches)
         drawn = [draw_share(train, self.tasks, batch, rank, size) for batch in batches]
-        return [samples for samples, _ in drawn], drawn[0][1]
+        return [samples for samples, _ in drawn], [counts for _, counts in drawn]
 
     def _joined(self, forward, counts) -> tuple:
         "What `forward` gives on this rank, and `_Joined` of its first batch on all of them."

@@ -9,6 +9,8 @@ def pools():
     started = {}
 
     def of_size(size):
+        if size in started and started[size].is_broken:  # the next test is not to hang as well
+            started.pop(size).stop()
         if size not in started:
             started[size] = Processes(size)
         return started[size]

@@ -54,6 +54,48 @@ def test_two_ranks_without_a_look_at_the_losses(pools, name, check):
     agree(pools(2).run(train, name, 3, check=check), train(0, 1, name, 3, check=check))
 
 
+@pytest.mark.parametrize("name", [*sorted(FEATURES), "DB-MTL", "CAGrad"])
+def test_cosines_on_two_ranks_equal_one_process(pools, name):
+    """At feature level each rank has other coordinates of each row."""
+    one = train(0, 1, name, 3, cosines=True)
+    agree(pools(2).run(train, name, 3, cosines=True), one)
+    assert "cosine/0/1" in one[0][1][-1]
+
+
+def cosines_of_features_on_one_rank(rank, size):
+    model = Net()
+    balancer = make("MGDA-UB", model)
+    balancer.with_cosines = rank == 0
+    x, y, valid = part(batch(0), rank, size)
+    z = model.features(x)
+    balancer.backward(model.losses(z, y, valid), size=valid.sum(1), features=z)
+
+
+def test_cosines_of_features_on_one_rank_alone_raise_on_all(pools):
+    for _, error in pools(2).answers_of(cosines_of_features_on_one_rank):
+        assert "not at the same place" in error
+
+
+def counts_of_batches(rank, size, name, given):
+    """A step of three batches whose counts differ, on all ranks or on one."""
+    model = Net()
+    balancer = make(name, model)
+    pieces = [part(batch(seed), rank, size) for seed in range(3)]
+    counts = [valid.sum(1) for _, _, valid in pieces]
+    assert not all(same(count, counts[0]) for count in counts)
+    sizes = dict(zip(("size", "size2", "size3"), counts, strict=True))
+    wanted = given if rank else set(sizes)
+    losses = [model.losses(model.features(x), y, valid) for x, y, valid in pieces]
+    balancer.backward(*losses, **{key: sizes[key] for key in sizes if key in wanted})
+
+
+@pytest.mark.parametrize("name", sorted(THREE))
+@pytest.mark.parametrize("given", [{"size"}, {"size2", "size3"}])
+def test_counts_of_some_of_three_batches_raise_on_all_ranks(pools, name, given):
+    for _, error in pools(2).answers_of(counts_of_batches, name, given):
+        assert "give size, size2 and size3" in error
+
+
 ACCUMULATED = [name for name in BASES if name not in FEATURES | THREE | {"FAMO"}]
 
 

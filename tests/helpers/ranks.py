@@ -18,6 +18,7 @@ from dbmtl.registry import hyperparameters
 
 F64 = torch.float64
 WAIT = 30  # seconds, for a sum and for an answer
+START = 300  # seconds, until all processes have imported what they need
 CUTS = {1: [12], 2: [9, 3], 3: [5, 1, 6], 4: [2, 5, 1, 4]}  # samples of each rank
 
 
@@ -72,7 +73,7 @@ class Seen(list):
     def note(self, model, balancer):
         state = balancer.gathered_state_dict()
         weights = [p.detach().clone() for p in balancer.parameters()]
-        numbers = [balancer.slopes, balancer.weights, balancer.nonfinite.clone()]
+        numbers = [balancer.slopes, balancer.weights, balancer.nonfinite.clone(), balancer.log()]
         self.append([model.grads(), numbers, weights, tensors(state)])
 
 
@@ -98,17 +99,16 @@ def follow(model, balancer, data, rate=1e-2):
     balancer.end_epoch()
 
 
-def train(rank, size, name, steps=5, accumulate=False, **options):
+def train(rank, size, name, steps=5, accumulate=False, cosines=False, **options):
     """Some steps of one rank; one rank of one is the joined batch."""
     warnings.simplefilter("error")
     model = Net()
     balancer = make(name, model, **options)
+    balancer.with_cosines = cosines
     seen = Seen()
     for seed in range(steps):
         drawn = [batch(10 * seed + k) for k in range(balancer.aggregator.num_batches)]
-        valid = torch.stack([data[2] for data in drawn]).all(0)  # equal counts in all batches
-        pieces = [part((*data[:2], valid), rank, size) for data in drawn]
-        sizes = pieces[0][2].sum(1)
+        pieces = [part(data, rank, size) for data in drawn]
         if accumulate:
             x, y, valid = pieces[0]
             for one in range(len(x)):
@@ -120,7 +120,9 @@ def train(rank, size, name, steps=5, accumulate=False, **options):
             zs = [model.features(x) for x, _, _ in pieces]
             losses = [model.losses(z, *data[1:]) for z, data in zip(zs, pieces, strict=True)]
             features = {"features": zs[0]} if balancer.level == "features" else {}
-            balancer.backward(*losses, size=sizes, **features)
+            counts = [valid.sum(1) for _, _, valid in pieces]
+            sizes = dict(zip(("size", "size2", "size3"), counts, strict=False))
+            balancer.backward(*losses, **sizes, **features)
         seen.note(model, balancer)
         follow(model, balancer, pieces[0])
     seen.append([p.detach().clone() for p in model.parameters()])
@@ -140,14 +142,15 @@ def work(rank, size, port, tasks, answers):
         world_size=size,
         timeout=timedelta(seconds=WAIT),
     )
-    for function, arguments, options in iter(tasks.get, None):
+    answers.put((rank, None, None))
+    while True:
+        function, arguments, options = tasks.get()
         try:
             torch.manual_seed(100 + rank)  # ranks draw other numbers
             with warnings.catch_warnings():  # a filter set by one function ends with it
                 answers.put((rank, function(rank, size, *arguments, **options), None))
         except Exception as error:
             answers.put((rank, None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
-    dist.destroy_process_group()
 
 
 def free_port():
@@ -157,20 +160,28 @@ def free_port():
 
 
 class Processes:
-    """`size` processes in one group; a function runs in all of them, with their rank and size."""
+    """`size` processes in one group; a function runs in all of them, with their rank and size.
+
+    They are forks of a server that has imported torch.
+    """
 
     def __init__(self, size):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
         self.size = size
+        self.is_broken = False
         self.answers = context.Queue()
         self.tasks = [context.Queue() for _ in range(size)]
         port = free_port()
         self.processes = [
-            context.Process(target=work, args=(r, size, port, self.tasks[r], self.answers))
+            context.Process(
+                target=work, args=(r, size, port, self.tasks[r], self.answers), daemon=True
+            )
             for r in range(size)
         ]
         for process in self.processes:
             process.start()
+        self.collect(START)
 
     def run(self, function, *arguments, **options):
         """The answers of all ranks; an error in one of them is raised, a missing one too."""
@@ -182,22 +193,25 @@ class Processes:
     def answers_of(self, function, *arguments, **options):
         for tasks in self.tasks:
             tasks.put((function, arguments, options))
+        return self.collect(2 * WAIT)
+
+    def collect(self, seconds):
         answers = {}
         while len(answers) < self.size:
             try:
-                rank, result, error = self.answers.get(timeout=2 * WAIT)
+                rank, result, error = self.answers.get(timeout=seconds)
             except queue.Empty:
+                self.is_broken = True
                 raise AssertionError(f"ranks {sorted(answers)} answered, the others hang") from None
             answers[rank] = (result, error)
         return [answers[rank] for rank in range(self.size)]
 
     def stop(self):
-        for tasks in self.tasks:
-            tasks.put(None)
+        """At once: what the processes would tidy up, nobody needs."""
         for process in self.processes:
-            process.join(timeout=WAIT)
-            if process.is_alive():
-                process.kill()
+            process.kill()
+        for process in self.processes:
+            process.join()
 
 
 def assert_alike(a, b, rtol):

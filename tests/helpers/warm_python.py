@@ -12,6 +12,7 @@ import socket
 import sys
 
 PACKAGES = ["papermill", "ipykernel.kernelapp", "torch", "pandas", "scipy.stats", "torchmetrics"]
+PACKAGES += ["torch._dynamo"]  # a second and a half, for the first optimizer of a program
 
 
 def serve(path):

@@ -701,10 +701,14 @@ def test_three_batches_where_they_are_wanted_and_nowhere_else(name):
     if base(name) in THREE:
         with pytest.raises(ValueError, match="three batches"):
             balancer.backward(losses())
+        with pytest.raises(ValueError, match="give size, size2 and size3"):
+            balancer.backward(losses(), losses(), losses(), size=3)
     else:
         features = {"features": model.features()} if base(name) in FEATURES else {}
         with pytest.raises(ValueError, match="one batch"):
             balancer.backward(losses(), losses(), losses(), **features)
+        with pytest.raises(ValueError, match="one batch: give its counts as size"):
+            balancer.backward(losses(), size=3, size2=3, **features)
     if base(name) in FEATURES:
         with pytest.raises(ValueError, match="features=z"):
             balancer.backward(losses())
