@@ -301,8 +301,8 @@ def show_tuning(
     rows = tuning_rows(findings)
     seeds = len(findings.question.tuning_seeds)
     caption = (
-        f"Question {findings.question.name}: validation score over the arm's mean by learning rate, "
-        f"{seeds} tuning seed{'s' * (seeds > 1)}; circles are chosen."
+        f"Question {findings.question.name}: validation score over the arm's mean by learning "
+        f"rate, {seeds} tuning seed{'s' * (seeds > 1)}; circles are chosen."
     )
     if rows and findings.is_done:
         artifacts.figure(stem, tuning_figure(findings), caption, rows)

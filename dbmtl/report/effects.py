@@ -206,7 +206,8 @@ def in_three_sentences(measured: Effects) -> list[str]:
         "**Tune the learning rate first.** Over its grid, validation moves by "
         f"{spans.min():.1f} to {spans.max():.1f} points a method; at own rates DB-MTL minus equal "
         f"weighting is: {_listed(measured, own, 'DB-MTL - EW')}.",
-        "**At one rate for all methods the answer is about the rate.** The same difference under Adam: "
+        "**At one rate for all methods the answer is about the rate.** The same difference "
+        "under Adam: "
         f"{_listed(measured, fixed, 'DB-MTL - EW')}.",
         "**What training together brings comes without balancing.** Equal weighting minus "
         f"single-task networks: {_listed(measured, own, 'EW - STL')}.",
