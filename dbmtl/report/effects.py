@@ -14,7 +14,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from ..experiments.intervals import Interval
 from ..experiments.method_labels import parse_method
 from ..experiments.questions import QUESTIONS, Question
 from .answers import ANSWERING, Findings, load_findings, records_shown, tuning_rows
