@@ -50,7 +50,8 @@ def test_with_all_tasks_present_nothing_is_special(name):
     b = make(name, special, missing="skip")
     for seed in range(3):
         step(a, plain, seed)
-        step(b, special, seed, size=[4.0, 1.0, 2.0])
+        names = ("size", "size2", "size3")[: b.aggregator.num_batches]
+        step(b, special, seed, **dict.fromkeys(names, [4.0, 1.0, 2.0]))
         assert same(everything(a, plain), everything(b, special))
         for balancer, model in ((a, plain), (b, special)):
             follow(balancer, model)

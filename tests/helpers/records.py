@@ -1,5 +1,6 @@
 """Small run records, made up, and the committed ones that a page shows."""
 
+import gzip
 import json
 
 from dbmtl.experiments.records import configuration
@@ -40,11 +41,23 @@ def small_record(method, seed, selected, floors, state="finished", scale="cpu", 
     } | changes
 
 
+def record_texts(folder):
+    """The JSON text of every record below a folder, single files and archives."""
+    texts = [path.read_text() for path in sorted(folder.rglob("*.json"))]
+    for path in sorted(folder.rglob("*.jsonl.gz")):
+        texts += gzip.decompress(path.read_bytes()).decode().splitlines()
+    return texts
+
+
 def committed_runs(folder, benchmark, scale):
     """{method: {seed: record}} of finished runs without settings, of the newest protocol that has a
     baseline."""
-    paths = sorted((folder / benchmark).glob(f"{scale}-*.json"))
-    records = [json.loads(path.read_text()) for path in paths]
+    records = [json.loads(text) for text in record_texts(folder)]
+    records = [
+        record
+        for record in records
+        if (record["config"]["benchmark"], record["config"]["scale"]["name"]) == (benchmark, scale)
+    ]
     configs = [record["config"] for record in records]
     newest = max((c["protocol"] for c in configs if c["method"] == "STL"), default=1)
     runs = {}

@@ -132,10 +132,10 @@ def test_what_has_no_history_is_repeated_with_one():
 
 
 def test_every_record_of_the_evidence_belongs_to_a_question():
-    seeds = {
-        (question.benchmark, question.scale): {*question.seeds, *question.tuning_seeds}
-        for question in QUESTIONS
-    }
+    seeds = {}
+    for question in QUESTIONS:
+        of_place = seeds.setdefault((question.benchmark, question.scale), set())
+        of_place |= {*question.seeds, *question.tuning_seeds}
     for record in RECORDS:
         config = record["config"]
         place = (config["benchmark"], config["scale"]["name"])
