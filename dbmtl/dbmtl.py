@@ -59,7 +59,7 @@ class DBMTL(Balancer):
     >>> optimizer.step()
     """
 
-    @known_options(*BalancerOptions.__annotations__)
+    @known_options(*BalancerOptions.__annotations__, "level")
     def __init__(
         self,
         *,

@@ -101,7 +101,8 @@ def effects_table(
             sample = lines.loc[lines["series"] == rule, "value"]
             cells[rule] = estimate(sample) if len(sample) else None
         rows.append(cells | {"paper": (printed or {}).get((row, difference))})
-    return pd.DataFrame(rows)
+    columns = ["setting", "difference", "seeds", *RULES.values(), "paper"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def effects_figure(
