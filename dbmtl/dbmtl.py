@@ -59,6 +59,7 @@ class DBMTL(Balancer):
     >>> optimizer.step()
     """
 
+    # a method by name has the level that it needs; DB-MTL has a meaning at both
     @known_options(*BalancerOptions.__annotations__, "level")
     def __init__(
         self,

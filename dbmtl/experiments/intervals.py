@@ -34,6 +34,11 @@ class Interval(NamedTuple):
         "1 or -1 if the whole interval lies above or below zero, else 0: undecided."
         return (self.low > 0) - (self.high < 0)
 
+    @property
+    def in_words(self) -> str:
+        "Mean and limits with their signs, for a sentence: +0.13 [-0.10, +0.37]."
+        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
 # %% ../../nbs/10_experiments/02_intervals.ipynb #f3c3580d
 @functools.cache
 def student_quantile(

@@ -102,10 +102,7 @@ class Answer(NamedTuple):
     @property
     def in_words(self) -> str:
         "The mean and its interval; a dash where there is none."
-        if self.interval is None:
-            return "-"
-        mean, low, high = self.interval[:3]
-        return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+        return "-" if self.interval is None else self.interval.in_words
 
     @property
     def word(self) -> str:

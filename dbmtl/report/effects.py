@@ -31,6 +31,7 @@ EFFECTS = {  # name of a difference -> (first, second)
     "log only - EW": ("loss-only", "EW"),
     "norms only - EW": ("gradient-only", "EW"),
 }
+_METHODS = list(dict.fromkeys(method for pair in EFFECTS.values() for method in pair))
 
 
 def effects_of_records(
@@ -58,11 +59,11 @@ def effects_of_question(
 ) -> pd.DataFrame:  # as from `effects_of_records`; no lines while runs are missing
     "The differences between the chosen settings of a question, with its fresh seeds."
     question = findings.question
-    records = records_shown({"": findings}).get(question.benchmark, [])
-    arms = {method: _arm_of(question, method, rate) for pair in EFFECTS.values() for method in pair}
+    arms = {method: _arm_of(question, method, rate) for method in _METHODS}
     labels = {method: findings.chosen.get(arm, arm) for method, arm in arms.items()}
     baseline = findings.chosen.get(question.baseline, question.baseline)
-    return effects_of_records(records if findings.is_done else [], setting, labels, baseline)
+    records = findings.fresh if findings.is_done else []
+    return effects_of_records(records, setting, labels, baseline)
 
 
 def _arm_of(question: Question, method: str, rate: float | None) -> str:
@@ -163,7 +164,6 @@ ABOUT_EFFECTS = (
     "dots are seeds; frozen EfficientNet-Lite0 features for Office-31 and PACS, reduced networks "
     "elsewhere, one core of a CPU. Paper: Table 5, interval from its deviation over three runs."
 )
-_METHODS = list(dict.fromkeys(method for pair in EFFECTS.values() for method in pair))
 
 
 class Effects(NamedTuple):
@@ -228,7 +228,7 @@ def _listed(measured: Effects, rows, difference: str) -> str:
     parts = []
     for data, by_name in samples.items():
         means = {name: estimate(sample) for name, sample in by_name.items() if sample}
-        words = [f"{name} {m.mean:+.2f} [{m.low:+.2f}, {m.high:+.2f}]" for name, m in means.items()]
+        words = [f"{name} {mean.in_words}" for name, mean in means.items()]
         if words:
             parts.append(f"{data} {', '.join(words)}")
     return "; ".join(parts) or "not run"

@@ -380,12 +380,17 @@ class Split(NamedTuple):
         return f"decided for {self.surely_below}, the opposite for {self.surely_above}"
 
 
+def _tasks_with(rows: list[dict], measure: str) -> list[dict]:
+    "The rows of single tasks that have a ratio."
+    return [row for row in rows if row["task"] != "geometric mean" and row[measure] is not None]
+
+
 def below_one(
     rows: list[dict],  # from `ratio_rows`
     measure: str,
 ) -> Split:
     "On which side of one the ratios of single tasks are."
-    tasks = [row for row in rows if row["task"] != "geometric mean" and row[measure] is not None]
+    tasks = _tasks_with(rows, measure)
     several = [row for row in tasks if row[f"{measure} low"] is not None]
     return Split(
         len(tasks),
@@ -403,7 +408,7 @@ def counted(
     split = below_one(rows, measure)
     if not split.count:
         return f"{measure}: not run."
-    tasks = [row for row in rows if row["task"] != "geometric mean" and row[measure] is not None]
+    tasks = _tasks_with(rows, measure)
     words = [row[f"{measure}, verdict"] for row in tasks]
     words = ["depends on the rule of the epoch" if ";" in word else word for word in words]
     words = pd.Series(words).value_counts()

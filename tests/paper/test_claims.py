@@ -22,7 +22,7 @@ from dbmtl.experiments.intervals import Interval
 from dbmtl.experiments.method_labels import parse_method
 from dbmtl.experiments.records import configuration, read_records, run_identity
 from dbmtl.report import claims_computed
-from dbmtl.report.answers import EVIDENCE_PLACES, evidence_of, load_findings
+from dbmtl.report.answers import committed_evidence
 from dbmtl.report.claims import common_profile
 from dbmtl.report.claims_computed import (
     GRADIENT_METHODS,
@@ -91,9 +91,7 @@ def words_of(verdict):
 @pytest.fixture(scope="module")
 def places():
     """The committed records; nothing is trained and nothing is written."""
-    findings = load_findings(EVIDENCE_PLACES)
-    evidence = [evidence_of(findings[name], place) for name, place in EVIDENCE_PLACES.items()]
-    return Places(read_records(ROOT / "figures" / "runs"), sum(evidence, []))
+    return Places(read_records(ROOT / "figures" / "runs"), committed_evidence())
 
 
 @pytest.fixture(scope="module")

@@ -317,18 +317,18 @@ async def visit(port, book, pictures):
     browser = Browser(connection)
     for domain in ("Page", "Runtime", "Log"):
         await browser.call(f"{domain}.enable")
-    seen = {}
-    for page in OPENED:
-        for width in WIDTHS:
-            seen[page, width] = await browser.open(address(book, page), width)
-            name = re.sub(r"\W+", "-", page)
-            await browser.picture(pictures / f"{name}-{width}.png")
-    unfolded = {}
-    for page in EXERCISES:
-        for width in WIDTHS:
-            unfolded[page, width] = await browser.unfold(address(book, page), width)
-            name = re.sub(r"\W+", "-", page)
-            await browser.picture(pictures / f"{name}-unfolded-{width}.png")
+
+    async def visited(pages, visit, ending=""):
+        found = {}
+        for page in pages:
+            for width in WIDTHS:
+                found[page, width] = await visit(address(book, page), width)
+                name = re.sub(r"\W+", "-", page) + ending
+                await browser.picture(pictures / f"{name}-{width}.png")
+        return found
+
+    seen = await visited(OPENED, browser.open)
+    unfolded = await visited(EXERCISES, browser.unfold, "-unfolded")
     connection.close()
     return seen, unfolded
 
