@@ -398,18 +398,20 @@ def nash_in_words(
     "Do the printed numbers bear themselves out, and what does solving less often save?"
     agree = [row["agrees"] for row in nash_rows(page) if row["agrees"] != "-"]
     drop = page.comparison.delta_m("Nash-MTL") if page.records else []
-    ours = page.comparison.why_none("Nash-MTL") or number(estimate(drop))
+    reason = page.comparison.why_none("Nash-MTL")
+    ours = f"no average ({reason})" if reason else number(estimate(drop))
     printed = nash_column("qm9", "delta_m", read=str)["Nash-MTL"]
     bound = f"below {SOLVED:g}" if residual < SOLVED else f"of {residual:.1e}"
     times = relative_times(page.records)
     minutes = nash_column("qm9", "minutes per epoch")
     off = drift_frame(page.records).groupby("method")["off"].median()
     spent = []
-    for label, often in zip(NASH_SETTINGS, ("every step", "every 5", "every 50"), strict=True):
+    often = ("at every step", "every 5 steps", "every 50 steps")
+    for label, words in zip(NASH_SETTINGS, often, strict=True):
         time = number(estimate(times[label].dropna())) if label in times else "not run"
         drifted = f"; off the equation by {off[label]:.2g}" if label in off else ""
         paper = minutes[label] / minutes["LS"]
-        spent.append(f"{often} {time} (the paper: {paper:.3g}{drifted})")
+        spent.append(f"{words} {time} (the paper: {paper:.3g}{drifted})")
     return (
         f"{agree.count('yes')} of {len(agree)} printed averages follow from the metrics printed "
         f"beside them, our Nash-MTL on QM9 has {ours} where the paper prints {printed}, and on "

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BENCHMARK_TITLES', 'ask_all', 'open_pages', 'artifacts_of', 'benchmark_titles', 'about_all', 'difference_frame',
-           'difference_figure', 'difference_rows', 'show_all_states']
+           'difference_figure', 'difference_rows', 'lead_in_words', 'show_all_states']
 
 # %% ../../nbs/11_report/09_several_benchmarks.ipynb #8918aa84
 import matplotlib.pyplot as plt
@@ -15,7 +15,7 @@ from .artifacts import Artifacts
 from .comparison import RULES
 from .plots import dots, dots_legend
 from .results_page import ask, open_page, run_states, save_smoke_pictures
-from .style import PAGE
+from .style import PAGE, printed_name
 
 # %% ../../nbs/11_report/09_several_benchmarks.ipynb #e2894c62
 def ask_all(
@@ -180,6 +180,29 @@ def difference_rows(
                 row[f"ours, {RULES[rule]}"] = page.comparison.contrast(weights, rule)
         rows.append(row)
     return rows
+
+# %% ../../nbs/11_report/09_several_benchmarks.ipynb #2f9a4191
+def lead_in_words(
+    pages: dict,  # {benchmark: Page}
+    titles: dict,  # {benchmark: title}
+    first: str,
+    second: str,
+) -> str:
+    "On how many benchmarks one method is ahead of another, in a sentence."
+    names = f"{printed_name(first)} and {printed_name(second)}"
+    found = {
+        titles[name]: page.comparison.difference(first, second) for name, page in pages.items()
+    }
+    ours = {title: interval for title, interval in found.items() if not isinstance(interval, str)}
+    if not ours:
+        return f"No benchmark has a delta_p of both {names}."
+    ahead = [title for title, interval in ours.items() if interval.mean > 0]
+    decided = sum(interval.sign != 0 for interval in ours.values())
+    return (
+        f"The mean delta_p of {printed_name(first)} is above that of {printed_name(second)} on "
+        f"{len(ahead)} of {len(ours)} benchmarks that have both ({', '.join(ahead) or 'none'}); "
+        f"the seeds decide {decided} of these differences."
+    )
 
 # %% ../../nbs/11_report/09_several_benchmarks.ipynb #e837bebf
 def show_all_states(

@@ -43,6 +43,8 @@ LAYERS = [
 ]
 RESULTS = ("15_paper/", "16_studies/", "17_site/", "18_recipes/")  # folders without modules
 EARLY = ("02_", "03_", "04_dbmtl")  # whose notebooks show their class early
+SHORT = ("15_paper/", "16_studies/")  # pages of results: data, call, figure, finding
+MOST_LINES = 60  # of code on such a page, imports included
 
 
 # --------------------------------------------------------------- what the rules ask of a notebook
@@ -391,6 +393,20 @@ def tables_and_figures_export_nothing(page, house):
 
 
 @rule
+def pages_are_short(page, house):
+    """What is longer than data, call, figure and finding belongs into a notebook of 11_report."""
+    count = len(lines_of_code(page))
+    if page.name.startswith(SHORT) and count > MOST_LINES:
+        yield f"{count} lines of code, more than {MOST_LINES}"
+
+
+def lines_of_code(page):
+    """Every line of the code cells that is neither blank nor a comment."""
+    lines = [line.strip() for cell in page.code for line in cell.source.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@rule
 def metadata(page, house):
     """The same kernel everywhere, nbformat 4.5, an own id a cell, no execution counts."""
     if page.raw["metadata"] != KERNEL:
@@ -658,6 +674,11 @@ BAD = {
         page("15_paper/01_good"),
         page(change=lambda cells: cells.pop(0)),
     ],
+    "pages_are_short": [
+        page("15_paper/01_good", put(cell("x = 1\n" * MOST_LINES))),
+        page("16_studies/01_good", put(cell("x = (\n" + "1,\n" * MOST_LINES + ")"))),
+        page("15_paper/01_good", put(cell("import math\n" * MOST_LINES))),
+    ],
     "metadata": [
         page(change=replace(6, id="")),
         page(change=lambda cells: cells.append(cells[-1])),
@@ -702,6 +723,15 @@ def test_rule_passes_a_good_notebook(name, early):
 @pytest.mark.parametrize("name", RULES)
 def test_rule_catches_its_bad_notebooks(name, early):
     assert [number for number, bad in enumerate(BAD[name]) if not broken(name, bad)] == []
+
+
+def test_blank_lines_and_comments_are_no_lines_of_code():
+    good = page("15_paper/01_good")
+    rest = MOST_LINES - len(lines_of_code(good))
+    full = page("15_paper/01_good", put(cell("x = 1\n\n# why\n" * rest)))
+    assert len(lines_of_code(full)) == MOST_LINES
+    assert broken("pages_are_short", full) == []
+    assert broken("pages_are_short", page("11_report/01_good", put(cell("x = 1\n" * 99)))) == []
 
 
 def test_parameters_rule_passes_a_good_experiment():

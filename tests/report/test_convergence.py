@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch.testing import assert_close
 
+from dbmtl.report import convergence_checks
 from dbmtl.report.convergence import (
     CORNER,
     METHODS,
@@ -272,3 +273,21 @@ def test_figures_draw_the_numbers(levels):
     assert fig.axes[2].lines[1].get_ydata().tolist() == [2.0, 4.0]
     sizes = {text.get_fontsize() for ax in fig.axes for text in ax.get_xticklabels()}
     assert min(sizes) >= 8
+
+
+# ------------------------------------------------------------------------------------- the checks
+
+
+@pytest.mark.parametrize(
+    "name, wrong, check",
+    [
+        ("alignment", lambda *eigenvalues: 1.5, "vanishing_check"),
+        ("alignment", lambda *eigenvalues: 1.5, "contraction_check"),
+        ("corner_bound", lambda: (1.0, 9.0, 9.0), "corner_check"),
+        ("resting_point", lambda *sides: TRIANGLE.mean(0), "rest_check"),
+    ],
+)
+def test_a_wrong_statement_is_found(name, wrong, check, monkeypatch):
+    assert getattr(convergence_checks, check)().holds
+    monkeypatch.setattr(convergence_checks, name, wrong)
+    assert not getattr(convergence_checks, check)().holds
