@@ -500,6 +500,23 @@ QUESTIONS = (
         minutes=50,
     ),
     Question(
+        name="8",
+        title="Where all eleven tasks of QM9 are trained, does DB-MTL beat equal weighting?",
+        why="The losses of QM9 differ by orders of magnitude, and the paper reports its largest "
+        "difference there. Earlier runs here had left most tasks at their floor, where methods "
+        "cannot differ.",
+        benchmark="qm9",
+        scale="cpu",
+        arms=tuple(Arm(label, rates(1e-3, 3e-3, 1e-2)) for label in _CORNERS),
+        pairs=_against("DB-MTL", "EW") + (("loss-only", "EW"), ("gradient-only", "EW")),
+        effect=10.0,
+        deviation=6.0,
+        seeds=FRESH_SEEDS[:7],
+        tuning_seeds=(50,),
+        baseline="EW",
+        minutes=160,
+    ),
+    Question(
         name="11a",
         title="Does DB-MTL lose anything when its weights are renewed in every fifth or twentieth "
         "step?",
