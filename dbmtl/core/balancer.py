@@ -11,7 +11,6 @@ import copy
 import functools
 import itertools
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
@@ -31,7 +30,7 @@ from .checks import check_choice, check_whole, known_options
 from .ema import EMA, beta_at
 from .features import backward_once, feature_passes, read_features
 from .grad_scale import GradScale, PendingGradients
-from .gramian import combine, gramian, shorten, tensor_lengths, tensor_norms
+from .gramian import combine, gramian, shorten, tensor_lengths
 from dbmtl.core.inputs import (
     Batch,
     ScaleWatch,
@@ -46,12 +45,21 @@ from dbmtl.core.inputs import (
 from .micro_batches import MicroBatches, read_sizes
 from .partition import Partition
 from dbmtl.core.ranks import (
+    LOAD_ALIKE,
+    SEED_ALIKE,
+    Lengths,
+    Notice,
+    Postponed,
     Ranks,
     Shards,
     WholeRows,
     check_alike,
+    check_own_sums,
     check_wrappers,
+    has_own_sums,
+    hash_of,
     join_losses,
+    lengths_of,
     numbers_of_part,
     wrappers,
 )
@@ -174,7 +182,7 @@ class _Step(NamedTuple):
 
     choice: Choice
     pending: PendingGradients  # of heads and trunk, as far as torch does not write them itself
-    heads: list[dict] | None = None  # T {leaf: gradient}; None: all went through one pass
+    heads: list[dict] | None = None  # T {leaf: gradient}, of which nobody was warned yet
     averages: dict = {}  # {task: {position: average}}
     cosines: Tensor | None = None  # [T, T], where they were asked for
     kept: KeptWeights | None = None  # for the steps that follow
@@ -362,6 +370,8 @@ class Balancer:
         self._has_met = False  # do the ranks know that they start from the same state?
         self._positions: set[int] = set()  # shared parameters that another rank reaches
         self._wrappers: list = []  # DistributedDataParallel modules around them
+        self._has_graph = True  # of this step: has every rank a graph, and not micro-batches?
+        self._may_warn = True  # of this step: may a rank learn of forgotten layers?
 
     @property
     def seen(self) -> Tensor:  # [T]
@@ -390,9 +400,10 @@ class Balancer:
         ranks = self._meet(losses)
         given = (losses, losses2, losses3)
         sizes = (size, size2, size3)
+        counted = (size if losses is not None else True, size2, size3)  # micro-batches have counts
         # read and check: nothing is written before this has passed, on any rank
         read, told = ranks.agreed(
-            self._call("backward", *sizes),
+            self._call("backward", *counted),
             lambda: self._read_step(given, sizes, missing, features, scaler),
             self._report,
         )
@@ -402,7 +413,7 @@ class Balancer:
         with all_or_nothing(self.transform, self.aggregator):
             # the loss axis: its slopes are the cotangents of the passes
             learned_scales = self._learned_scales()
-            slope, scale_gradients = self._slopes(batch, learned_scales)
+            slope, scale_gradients = slopes(self.transform, batch.values, batch.tasks)
             # the gradient axis: everything is computed, nothing is written
             if read.features is not None:
                 step = self._balance_features(batch, read.features, slope, scale)
@@ -412,7 +423,9 @@ class Balancer:
                 step = self._use_kept_weights(self._kept, batch, slope, scale)
             else:
                 step = self._balance_tasks(earlier, batch, slope, scale)
-            self._warn_of_forgotten_layers(step.heads, batch.tasks)
+            if step.heads is not None and self._may_warn:
+                warn = functools.partial(self._warn_of_layers, step.heads, batch.tasks, 5)
+                ranks.agreed("warnings", warn)
             if learned_scales:
                 scale_gradients = scale.rescale([*scale_gradients, *step.choice.scales])
                 # scales of the aggregator, which come last, learn in measured steps only
@@ -447,6 +460,7 @@ class Balancer:
             features = read_features(features, self.num_tasks, batch.names)
         if isinstance(batch, Batch):
             self._learn_partition(batch)
+        self._look_back()
         return _Read(parts, features, scale)
 
     def _read_batches(self, given: tuple, sizes: tuple, skip: bool, features) -> list[_Part]:
@@ -601,21 +615,23 @@ class Balancer:
             self.nonfinite = self.nonfinite.to(batch.values.device)
         self.partition.learn(batch.names, batch.graph, batch.own_tasks)
 
-    def _warn_of_forgotten_layers(self, heads: list[dict] | None, tasks: list[int] | None = None):
-        "Warn once of layers of several tasks outside `shared`, and of heads inside."
-        if heads is None:  # all losses went through one pass
-            return
-        for warning in (self.partition.confirm(heads, tasks), self.partition.slipped_in()):
-            if warning:
-                warnings.warn(warning, stacklevel=4)
-
-    def _slopes(self, batch, scales: list[Tensor]) -> tuple[Tensor, list]:
-        "The slopes [T] of the transformed losses, and the gradients of the transform's scales."
+    def _look_back(self):
+        "Has the training loop done its part since the last step? Raise or warn where it has not."
+        scales = self._learned_scales()
         if scales and self.check == "now" and self.step >= 2:
             self._scale_watch.look(scales, self.shared)
+        doubts = [self.transform.doubt(), self.aggregator.doubt()]
         if self.aggregator.moves_alone and self.check == "now":
-            self._step_watch.look(self.shared, type(self.aggregator).__name__)
-        return slopes(self.transform, batch.values, batch.tasks)
+            doubts.append(self._step_watch.look(self.shared, type(self.aggregator).__name__))
+        for doubt in doubts:
+            if doubt:
+                warnings.warn(doubt, stacklevel=7)
+
+    def _warn_of_layers(self, heads: list[dict], tasks: list[int] | None, stacklevel: int):
+        "Warn once of layers of several tasks outside `shared`, and of heads inside."
+        for warning in (self.partition.confirm(heads, tasks), self.partition.slipped_in()):
+            if warning:
+                warnings.warn(warning, stacklevel=stacklevel)
 
     # ranks
 
@@ -626,7 +642,8 @@ class Balancer:
         # of coordinates that are spread over the ranks, the cosines are a sum over them
         is_spread = self.sync == "shard" or self.level == "features"
         cosines = ", with_cosines" if self.with_cosines and is_spread else ""
-        return f"{name}{step}, {self.num_tasks} tasks, names {self._names}, {given}{cosines}"
+        names = self._names or tuple(range(self.num_tasks))
+        return f"{name}{step}, {self.num_tasks} tasks, names {names}, {given}{cosines}"
 
     @property
     def _memories(self) -> list[Memory]:
@@ -665,24 +682,42 @@ class Balancer:
         names = self._names
         if names is None and isinstance(losses, Mapping):
             names = tuple(losses)
-        heads = [(name, list(p.shape)) for p, name in self.partition.labels.items()]
-        lengths = tensor_norms([[p.detach() for p in self.shared]])[0].tolist()
+        named = self.partition.labels
+        averages = {} if self.ema is None or self._mode.cut_for > 1 else self.ema.rows
+        averages = [
+            averages[t][position] for t in sorted(averages) for position in sorted(averages[t])
+        ]
+        kept = [] if self._kept is None else self._kept.weights.tolist()
         return self._identity() | {
             "step": int(self.step),
             "update_every": self.update_every,
             "sync": self.sync,
+            "check": self.check,
+            "head_losses": self.head_losses,
             "steps that use the weights": 0 if self._kept is None else self._kept.steps_left,
             "names": names,
-            "model": heads,
-            "lengths": lengths,
+            "model": [(name, list(p.shape)) for p, name in named.items()],
+            "shared parameters": Lengths(lengths_of(self.shared), SEED_ALIKE),
+            "parameters of the model": Lengths(lengths_of(named), SEED_ALIKE),
+            "averages": Lengths(lengths_of(averages), LOAD_ALIKE),
+            "weights that are kept": Lengths(kept, LOAD_ALIKE),
         }
 
     def _report(self, read: _Read) -> list[float]:
         "The numbers of this rank: what it reaches, and losses and counts of its batches."
         batch = read.parts[-1].batch
-        positions = batch.positions(self.shared)
-        is_double = batch.values.dtype == torch.float64
-        numbers = [zlib.crc32(repr(positions).encode()), self._has_new_heads(read), is_double]
+        factor = read.scale.factor
+        notice = Notice(
+            kinds=hash_of(self.ranks.kinds(self.shared)),
+            reached=hash_of(batch.positions(self.shared)),
+            factor=0.0 if factor is None else float(factor),
+            has_new_heads=self._has_new_heads(read),
+            is_double=batch.values.dtype == torch.float64,
+            has_graph=batch.roots is not None,
+            has_own_sums=batch.roots is not None and has_own_sums(batch.graph),
+            may_warn=self.partition.may_warn,
+        )
+        numbers = [*notice]
         for part in read.parts:
             numbers += numbers_of_part(part.counts, part.batch.values, part.excused)
         return numbers
@@ -702,16 +737,23 @@ class Balancer:
     def _join(self, read: _Read, told: Tensor | None) -> list:
         "The batches of all ranks as one: their losses, and this rank's share in them."
         if told is None:  # there is one rank
+            self._may_warn = self.partition.may_warn
             return [part.batch for part in read.parts]
         ranks = self.ranks
-        reached, new_heads, is_double, numbers = told.split([1, 1, 1, told.shape[1] - 3], 1)
+        notice = Notice(*told.T[: len(Notice._fields)])  # [W] of each
+        numbers = told[:, len(notice) :]
+        if (notice.kinds != notice.kinds[0]).any():
+            check_alike(ranks.gather(ranks.kinds(self.shared)))
+        check_alike([{"the factor of the scaler": f or None} for f in notice.factor.tolist()])
+        self._may_warn = bool(notice.may_warn.any())
+        self._has_graph = bool(notice.has_graph.all())
         self._positions = set()
-        if (reached != reached[0]).any():
+        if (notice.reached != notice.reached[0]).any():
             mine = read.parts[-1].batch.positions(self.shared)
             self._positions = set().union(*ranks.gather(mine))
-        if new_heads.any():
+        if notice.has_new_heads.any():
             ranks.learn_heads(self._head_leaves(read), read.parts[-1].batch.names)
-        dtype = torch.float64 if is_double.any() else torch.float32
+        dtype = torch.float64 if notice.is_double.any() else torch.float32
         batches = []
         of_parts = numbers.split(3 * self.num_tasks, 1)
         for part, of_part in zip(read.parts, of_parts, strict=True):
@@ -727,6 +769,10 @@ class Balancer:
             self._check_present(joined, whole.excused)
             self._check_values(joined.values, joined.names)
             batches.append(joined)
+            if notice.has_own_sums.any():
+                in_one_pass = self.level == "features" or self._one_pass_is_enough(joined)
+                names = [joined.names[t] for t in joined.present]
+                check_own_sums(whole.counts[:, joined.present], names, in_one_pass)
         return batches
 
     # four ways to a direction
@@ -738,31 +784,42 @@ class Balancer:
         return by_losses and self.ema is None and not has_other_heads
 
     def _one_pass_is_enough(self, batch) -> bool:
-        "One pass needs a graph: micro-batches have none left."
-        return self._method_takes_one_pass() and batch.roots is not None
+        "One pass needs a graph, on all ranks: micro-batches have none left."
+        has_graph = batch.roots is not None and self._has_graph
+        return self._method_takes_one_pass() and has_graph
 
     def _take_one_pass(self, batch: Batch, slope: Tensor, scale: GradScale) -> _Step:
         "Weigh the losses, and run one backward pass through heads and trunk."
-        losses = self._losses(batch)
-        choice = self.aggregator.choose(StepGradients([], tasks=batch.tasks), losses)
+        choice, roots, cotangents = self.ranks.before_one_pass(
+            lambda: self._weighed(batch, slope, scale),
+            [self.shared[i] for i in self._moved(batch)],
+        )
+        pending = PendingGradients()
+        backward_once(
+            roots,
+            cotangents,
+            self.shared,
+            self.aggregator.max_norm,
+            scale,
+            self.ranks,
+            self._moved(batch),
+            pending,
+        )
+        return _Step(choice, pending)
+
+    def _weighed(self, batch: Batch, slope: Tensor, scale: GradScale) -> tuple:
+        "The weights of the losses; the losses of this rank, and the cotangents to start from."
+        choice = self.aggregator.choose(StepGradients([], tasks=batch.tasks), self._losses(batch))
         if choice.heads is not choice.weights:
             raise ValueError(
                 f"{self.aggregator} needs nothing, so its heads have no weights of their own"
             )
         starts = batch.starts(slope, scale)
         cotangents = (starts * choice.weights).to(starts.dtype).unbind()
-        pairs = [pair for pair in zip(batch.roots, cotangents, strict=True) if pair[0] is not None]
         self.transform.advance(batch.values)
-        backward_once(
-            [root for root, _ in pairs],
-            [cotangent for _, cotangent in pairs],
-            self.shared,
-            self.aggregator.max_norm,
-            scale,
-            self.ranks,
-            self._moved(batch),
-        )
-        return _Step(choice, PendingGradients())
+        pairs = zip(batch.roots, cotangents, strict=True)
+        pairs = [(root, cotangent) for root, cotangent in pairs if root is not None]
+        return choice, [root for root, _ in pairs], [cotangent for _, cotangent in pairs]
 
     def _use_kept_weights(self, kept: KeptWeights, batch, slope: Tensor, scale: GradScale) -> _Step:
         "One pass of all losses, each task weighed as in the last measured step."
@@ -813,8 +870,31 @@ class Balancer:
         )
         cuts, heads = zip(*passes, strict=True)
         heads = ranks.head_gradients(list(heads), batch.present)
+        if self._may_warn:  # the trunk's pass may write, so it must wait
+            warn = functools.partial(self._warn_of_layers, heads, batch.tasks, 6)
+            ranks.agreed("warnings", warn)
+        step, features, cotangents = ranks.before_one_pass(
+            lambda: self._balanced_features(batch, features, slope, scale, list(cuts), heads),
+            [self.shared[i] for i in self._moved(batch)],
+        )
+        backward_once(
+            features,
+            cotangents,
+            self.shared,
+            self.aggregator.max_norm,
+            scale,
+            ranks,
+            self._moved(batch),
+            step.pending,
+        )
+        return step
+
+    def _balanced_features(
+        self, batch: Batch, features: list, slope: Tensor, scale: GradScale, cuts: list, heads: list
+    ) -> tuple[_Step, list[Tensor], list[Tensor]]:
+        "The step, and features with the cotangents from which the trunk's pass starts."
         rows = [[cotangent] for cotangent in scale.unscale(cuts)]
-        over_ranks = None if ranks.size == 1 else ranks.sum
+        over_ranks = None if self.ranks.size == 1 else self.ranks.sum
         gradients = StepGradients(rows, features=features, tasks=batch.tasks, over_ranks=over_ranks)
         choice = self.aggregator.choose(gradients, self._losses(batch))
         balanced = choice.direction
@@ -828,13 +908,10 @@ class Balancer:
         cotangents = [cotangent.to(z.dtype) for cotangent, z in pairs]
         cosines = cosines_between(rows, over_ranks) if self.with_cosines else None
         choice = self._with_head_losses(choice, slope, batch)
-        step = _Step(choice, PendingGradients(), list(heads), cosines=cosines)
+        step = _Step(choice, PendingGradients(), cosines=cosines)
         self._add_heads([heads], choice, scale, step.pending)
         self.transform.advance(batch.values)
-        max_norm = self.aggregator.max_norm
-        positions = self._moved(batch)
-        backward_once(features, cotangents, self.shared, max_norm, scale, ranks, positions)
-        return step
+        return step, features, cotangents
 
     def _balance_tasks(self, earlier: list[Batch], batch, slope: Tensor, scale: GradScale) -> _Step:
         "A pass for each task; their average, the weights, and the direction."
@@ -894,23 +971,26 @@ class Balancer:
         passes = batch.passes(slope, self.shared, positions, scale, self.grads)
         shared = [self.shared[i] for i in positions]
         k = self.step - self._cheap_steps + 1  # of the averages: measured steps
+        later = Postponed(self.ranks)  # other ranks wait for the rows that follow
         for row, head in self._mode.rows(passes, shared, len(tasks)):
-            if self.ema:
-                t = tasks[len(heads)]
-                if self.aggregator.wants_raw_lengths:
-                    raw_pieces += tensor_lengths([widened(tensor) for tensor in row])
-                row = self.ema.propose(t, row, positions, k)
-                of_row = tensor_lengths(row)
-                pieces += of_row
-                if self.in_place:
-                    row = self.ema.replace(t, row, positions, of_row)
-            gradients.rows.append(row)
+            t = tasks[len(heads)]
             heads.append(head)
+            if self.ema and later.error is None:
+                with later:
+                    if self.aggregator.wants_raw_lengths:
+                        raw_pieces += tensor_lengths([widened(tensor) for tensor in row])
+                    row = self.ema.propose(t, row, positions, k)
+                    of_row = tensor_lengths(row)
+                    pieces += of_row
+                    if self.in_place:
+                        row = self.ema.replace(t, row, positions, of_row)
+            gradients.rows.append(row)
+        heads = self.ranks.head_gradients(heads, tasks, later.error)
         if self.ema:
             gradients.norms(pieces)
         if raw_pieces:
             gradients.note_raw(raw_pieces, beta_at(k, self.ema.beta, self.ema.beta_decay))
-        return gradients, self.ranks.head_gradients(heads, tasks)
+        return gradients, heads
 
     def _remembers(self) -> bool:
         "Is anything kept for the shared parameters from step to step?"
@@ -1048,7 +1128,7 @@ class Balancer:
         ones = torch.ones_like(counts)
         # all passes and sums, before anything is held
         passes = list(batch.passes(ones, self.shared, positions, scale, self.grads))
-        self._warn_of_forgotten_layers([head for _, head in passes], tasks)
+        self._warn_of_layers([head for _, head in passes], tasks, 4)
         held = MicroBatches(self.num_tasks)
         if self._micro_batches:
             held = self._micro_batches.copy()
@@ -1106,6 +1186,10 @@ class Balancer:
             values = values.to(self.slopes)
         with all_or_nothing(self.transform):
             self.transform.after_step(values)
+            doubt = self.transform.doubt()
+            if doubt:  # so it is on all ranks, which saw the same losses
+                warn = functools.partial(warnings.warn, doubt, stacklevel=4)
+                self.ranks.agreed("a warning", warn)
 
     def _joined_values(self, name: str, losses, size) -> Tensor | None:  # [T]
         "Losses as plain values: those of the batch that all ranks have together."

@@ -6,8 +6,6 @@
 __all__ = ['EpochMeans']
 
 # %% ../../nbs/01_core/08_epoch_means.ipynb #5eaafe2f
-import warnings
-
 import torch
 from torch import Tensor
 
@@ -33,8 +31,8 @@ class EpochMeans(Memory):
         self.num_tasks = check_whole("num_tasks", num_tasks)
         self.window = None if window is None else check_whole("window", window)
         self.longest = check_whole("longest", longest)
-        self.patience = 200  # steps without any epoch after which `check` warns
-        self._has_warned = False
+        self.patience = 200  # steps without any epoch after which there is something `overdue`
+        self._was_told = False
         self.memory = {"epoch": 0, "last": None, "before": None, "steps": 0} | self._empty_sums()
 
     @property
@@ -97,26 +95,29 @@ class EpochMeans(Memory):
             raise ValueError(f"means must be finite, got {given.tolist()}")
         return given
 
+    def overdue(
+        self,
+        method: str,  # its name, for the warning
+    ) -> str:  # "" if nothing is
+        "A warning, once: `patience` steps passed before the first epoch ended, with no `window`."
+        steps = self.memory["steps"]
+        is_late = self.window is None and self.epoch == 0 and steps >= self.patience
+        if not is_late or self._was_told:
+            return ""
+        self._was_told = True
+        return (
+            f"{method} waits for the end of an epoch, and {steps} steps passed without one: "
+            "call balancer.end_epoch() after each epoch, or give window=, the steps of an "
+            "epoch. Nothing is wrong where an epoch has more steps than these"
+        )
+
     def check(
         self,
         method: str,  # its name, for the error
     ):
-        """Warn once if `patience` steps passed before the first epoch ended, without a `window`.
-
-        Raises RuntimeError if `finish` seems to be forgotten: over `longest` steps.
-        """
-        if self.window is not None:
-            return
+        "Raise RuntimeError if `finish` seems to be forgotten: over `longest` steps, no `window`."
         steps = self.memory["steps"]
-        if self.epoch == 0 and steps >= self.patience and not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                f"{method} waits for the end of an epoch, and {steps} steps passed without one: "
-                "call balancer.end_epoch() after each epoch, or give window=, the steps of an "
-                "epoch. Nothing is wrong where an epoch has more steps than these",
-                stacklevel=2,
-            )
-        if steps > self.longest:
+        if self.window is None and steps > self.longest:
             raise RuntimeError(
                 f"{method} looks at epochs, but {steps} steps passed without one: call "
                 "balancer.end_epoch(mean_losses) after each epoch, or give window=, the steps of "

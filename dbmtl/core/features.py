@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .grad_scale import GradScale, add_to_grad
+from .grad_scale import GradScale, PendingGradients, add_to_grad
 from .gramian import shorten
 from .inputs import Batch
 from .ranks import Ranks
@@ -97,6 +97,7 @@ def backward_once(
     scale: GradScale | None = None,  # of the cotangents, which are scaled already
     ranks: Ranks | None = None,  # over which gradients are summed
     positions: Collection[int] = (),  # of the shared parameters that any rank reaches
+    pending: PendingGradients | None = None,  # waits with what torch does not write itself
 ):
     "One backward pass into `.grad`."
     ranks = ranks or Ranks(False)
@@ -112,7 +113,10 @@ def backward_once(
         direction = [g.clone() for g in scale.unscale([gradient_at[leaf] for leaf in reached])]
         shortened = scale.rescale(shorten(direction, max_norm))
         gradient_at |= dict(zip(reached, shortened, strict=True))
-    add_to_grad(gradient_at, gradient_at.values())
+    if pending is None:
+        add_to_grad(gradient_at, gradient_at.values())
+    else:
+        pending.add(gradient_at, gradient_at.values())
 
 
 def _gradients_of(edges: list, cotangents: list[Tensor]) -> dict:  # {leaf: gradient}

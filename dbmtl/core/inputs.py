@@ -8,7 +8,6 @@ __all__ = ['Batch', 'read_losses', 'read_values', 'check_losses', 'check_graph',
 
 # %% ../../nbs/01_core/12_inputs.ipynb #8dd2fb42
 import contextlib
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from typing import NamedTuple
 
@@ -361,10 +360,10 @@ class StepWatch:
             self._at = [p is written[0] for p in shared].index(True)
             self._rounding = torch.finfo(written[0].dtype).eps
 
-    def look(self, shared: list[Tensor], method: str):
-        "Compare with what was noted; warn, once, where a parameter went another way."
+    def look(self, shared: list[Tensor], method: str) -> str:  # a warning, or ""
+        "Compare with what was noted; tell, once, that a parameter went another way."
         if self._before is None:
-            return
+            return ""
         now = widened(shared[self._at].detach().flatten()[:1000])
         moved = now - self._before
         # plain SGD moves along the gradient, and by weight decay along the parameter
@@ -379,12 +378,11 @@ class StepWatch:
         is_strange = bool(has_moved & (largest_gap > allowed))
         self._strange = self._strange + 1 if is_strange else 0
         if self._strange < 2:  # once may be weights that were loaded
-            return
+            return ""
         self.looks_left = 0
-        warnings.warn(
+        return (
             f"{method} writes finished updates into .grad, and the parameters moved another way: "
-            "use torch.optim.SGD without momentum; its learning rate is the method's",
-            stacklevel=5,
+            "use torch.optim.SGD without momentum; its learning rate is the method's"
         )
 
 

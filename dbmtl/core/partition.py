@@ -84,6 +84,11 @@ class Partition:
         "Was the graph of every task looked at?"
         return len(self.seen) == self.num_tasks
 
+    @property
+    def may_warn(self) -> bool:
+        "May gradients of this step tell something to warn of?"
+        return not self.is_complete or bool(self._doubtful) or not self._has_looked_inside
+
     def learn(
         self,
         names: tuple,  # T

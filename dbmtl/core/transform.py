@@ -59,6 +59,10 @@ class Memory(nn.Module):
         for device, stream in state["streams"].items():
             self.generator(device).set_state(stream.cpu())
 
+    def doubt(self) -> str:  # "" if there is none
+        "What the user should be warned of, once; the balancer asks before a step, on all ranks."
+        return ""
+
     def snapshot(self) -> tuple:
         "What is remembered now, for `restore`; tensors are not copied."
         streams = {device: (stream, stream.get_state()) for device, stream in self._streams.items()}

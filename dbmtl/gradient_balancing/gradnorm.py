@@ -89,6 +89,10 @@ class GradNorm(NormAggregator):
         gradient = score_gradient(self.p, norms, rates, self.alpha)
         return [gradient.to(self.p.dtype)]
 
+    def doubt(self) -> str:
+        waits = self.initial == "epoch" and "initial" not in self.memory
+        return self.epochs.overdue("GradNorm") if waits else ""
+
     def forward(self, norms: Tensor, losses: Tensor) -> Tensor:
         if "initial" not in self.memory:
             self._learn(losses, norms)

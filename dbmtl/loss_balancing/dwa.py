@@ -54,6 +54,9 @@ class DWA(Transform):
         self.means.check("DWA")
         return self.weights().to(losses) * losses
 
+    def doubt(self) -> str:
+        return self.means.overdue("DWA")
+
     def valid(self, losses: Tensor) -> Tensor:
         return torch.isfinite(losses) & (losses >= 0)
 

@@ -6,8 +6,6 @@
 __all__ = ['FAMO']
 
 # %% ../../nbs/02_loss_balancing/08_famo.ipynb #7d771598
-import warnings
-
 import torch
 from torch import Tensor
 
@@ -45,6 +43,7 @@ class FAMO(Transform):
         if bounds.shape not in ((), (num_tasks,)) or not bounds.isfinite().all():
             raise ValueError(f"b must be a finite number or {num_tasks} of them, got {b}")
         self.domain = f"finite and above FAMO's lower bound b = {self.b}"
+        self._doubt = ""
         self.memory = {
             "w": torch.zeros(num_tasks, dtype=torch.float64),
             "mean": torch.zeros(num_tasks, dtype=torch.float64),  # Adam's moments of w
@@ -79,10 +78,15 @@ class FAMO(Transform):
         if old is None:
             raise RuntimeError("after_step comes after a backward, once")
         if torch.equal(old, new):
-            warnings.warn("after_step got the very losses of before", stacklevel=4)
+            self._doubt = "after_step got the very losses of before"
         delta = torch.where(self.valid(losses), old.log() - new.log(), 0)
         self._move_w(delta.to(self.memory["w"].device))
         self.memory["D"] = None
+
+    def doubt(self) -> str:
+        told = self._doubt
+        self._doubt = ""
+        return told
 
     @torch.no_grad()
     def _move_w(self, delta: Tensor):

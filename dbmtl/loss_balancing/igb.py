@@ -337,8 +337,14 @@ class IGBv2(Transform):
             return (len(noise) * noise.softmax(0)).to(losses)
         return self.agent.choose(losses.detach(), noise).to(losses)
 
+    def _waits_for_epochs(self) -> bool:
+        return self.memory["base"] is None or self._weights_are_random()
+
+    def doubt(self) -> str:
+        return self.epochs.overdue("IGBv2") if self._waits_for_epochs() else ""
+
     def forward(self, losses: Tensor) -> Tensor:  # [T] -> [T]
-        if self.memory["base"] is None or self._weights_are_random():
+        if self._waits_for_epochs():
             self.epochs.check("IGBv2")
         return self.weights(losses) * losses.log()
 

@@ -51,6 +51,9 @@ class STCH(Transform):
         x = log_losses - (nadir.to(losses.device) + self.eps).log()
         return (len(losses) * self.mu * (x / self.mu).logsumexp(0)).to(losses.dtype)
 
+    def doubt(self) -> str:
+        return self.means.overdue("STCH") if self.memory["nadir"] is None else ""
+
     def valid(self, losses: Tensor) -> Tensor:
         return torch.isfinite(losses) & (losses >= 0) & (losses + self.eps > 0)
 

@@ -18,6 +18,7 @@ from dbmtl.registry import hyperparameters
 
 F64 = torch.float64
 WAIT = 30  # seconds, for a sum and for an answer
+TORN = ("Timed out waiting", "pair closure", "Connection closed", "Connection reset")
 START = 300  # seconds, until all processes have imported what they need
 CUTS = {1: [12], 2: [9, 3], 3: [5, 1, 6], 4: [2, 5, 1, 4]}  # samples of each rank
 
@@ -61,7 +62,7 @@ def part(data, rank, size):
     return x[where], y[:, where], valid[:, where]
 
 
-def make(name, model, **options):
+def make(name, model, /, **options):
     seed = {"seed": 7} if "seed" in hyperparameters(name) else {}
     hyper = SMALL.get(base(name), {}) | seed | options
     return make_balancer(name, shared=model.trunk, num_tasks=3, **hyper)
@@ -204,6 +205,8 @@ class Processes:
                 self.is_broken = True
                 raise AssertionError(f"ranks {sorted(answers)} answered, the others hang") from None
             answers[rank] = (result, error)
+            # an error of the transport ends the group
+            self.is_broken |= error is not None and any(word in error for word in TORN)
         return [answers[rank] for rank in range(self.size)]
 
     def stop(self):
