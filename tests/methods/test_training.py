@@ -21,7 +21,7 @@ from dbmtl.core.aggregator import (
 from dbmtl.core.balancer import Balancer
 from dbmtl.experiments import loop as lab
 from dbmtl.experiments.checkpoints import load_checkpoint, save_checkpoint
-from dbmtl.experiments.records import configuration, read_record
+from dbmtl.experiments.records import configuration, read_records
 from dbmtl.experiments.train import Run, resume, train
 from dbmtl.gradient_balancing.sum import Sum
 from dbmtl.loss_balancing.log import Identity
@@ -467,8 +467,8 @@ def test_every_method_has_a_style(name):
 
 
 def test_committed_runs_keep_their_identities():
-    """Those of today's protocol; `read_record` compares identity and content."""
-    records = [read_record(path) for path in sorted((FIGURES / "runs").rglob("*.json"))]
+    """Those of today's protocol; `read_records` compares identity and content."""
+    records = read_records(FIGURES / "runs")
     configs = [record["config"] for record in records]
     of_today = [c for c in configs if c["protocol"] == get_benchmark(c["benchmark"]).protocol]
     assert len(of_today) >= 15

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from dbmtl.benchmarks.base import get_benchmark
+from dbmtl.experiments.records import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "figures" / "paper"
-RUNS = sorted((ROOT / "figures" / "runs" / "qm9").glob("cpu-*.json"))
-FILES = [json.loads(path.read_text()) for path in RUNS]
-RECORDS = [record for record in FILES if not record["config"]["hyper"]]
+RUNS = read_records(ROOT / "figures" / "runs", benchmark="qm9", scale="cpu")
+RECORDS = [record for record in RUNS if not record["config"]["hyper"]]
 METHODS = {
     "neither (EW)": "EW",
     "loss only": "loss-only",
