@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.helpers.records import record_texts
+from helpers.records import record_texts
 
 ROOT = Path(__file__).resolve().parents[2]
 FOREIGN = {  # written so that this file does not hold what it looks for
