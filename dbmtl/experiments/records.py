@@ -10,7 +10,7 @@ __all__ = ['project_root', 'runs_folder', 'figures_folder', 'configuration', 'ru
 
 # %% ../../nbs/10_experiments/04_records.ipynb #995eb67f
 import functools
-import gzip
+import lzma
 import hashlib
 import importlib
 import json
@@ -379,7 +379,7 @@ def _whole(record: dict) -> dict:
     return record
 
 # %% ../../nbs/10_experiments/04_records.ipynb #a89b281d
-_ARCHIVE = ".jsonl.gz"
+_ARCHIVE = ".jsonl.xz"
 
 
 def _archive_path(folder, config: dict) -> Path:
@@ -399,8 +399,8 @@ def read_archive(path) -> tuple:  # (records, a DamagedRecord for each line that
 @functools.lru_cache(maxsize=8)
 def _archived(path: Path, *changed) -> tuple:
     try:
-        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
-    except (OSError, EOFError, ValueError) as error:
+        lines = lzma.decompress(path.read_bytes()).decode().splitlines()
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
         return [], [DamagedRecord(path, error)]
     records = []
     damaged = []
@@ -434,7 +434,7 @@ def _tasks_in_order(value, tasks: list):
 def pack_records(
     folder,  # of single records, in it or in folders of benchmarks
 ) -> list[Path]:  # the archives that were written
-    """Move the whole records of a folder into its archives, BENCHMARK-SCALE.jsonl.gz.
+    """Move the whole records of a folder into its archives, BENCHMARK-SCALE.jsonl.xz.
 
     A record takes the place of an archived one of the same run. Damaged files stay where they are;
     ValueError where an archive is damaged: nothing is moved then.
@@ -454,7 +454,7 @@ def pack_records(
         by_run = {record["identity"]: record for record in [*earlier, *files.values()]}
         in_order = sorted(by_run.values(), key=_order)
         lines = [_canonical(record | {_CHECKSUM: _checksum(record)}) for record in in_order]
-        contents[archive] = gzip.compress("\n".join(lines).encode() + b"\n", mtime=0)
+        contents[archive] = lzma.compress("\n".join(lines).encode() + b"\n")
     for archive, content in contents.items():
         write_atomically(archive, content)
         for path in groups[archive]:

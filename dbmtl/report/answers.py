@@ -188,24 +188,39 @@ def answers_figure(
     return fig
 
 
-def tuning_figure(findings: Findings):
-    "The validation score of every learning rate that was tried, a line an arm."
-    rows = [row for row in tuning_rows(findings) if math.isfinite(row["score"])]
-    frame = pd.DataFrame(rows, columns=["arm", "setting", "score", "rate", "is_chosen", "at_edge"])
+def tuning_figure(
+    findings: Findings,
+    names: dict | None = None,  # {arm: short name}
+):
+    "The validation score of every learning rate that was tried, a row an arm; frames are chosen."
+    columns = ["arm", "setting", "score", "rate", "is_chosen", "at_edge"]
+    frame = pd.DataFrame(tuning_rows(findings), columns=columns)
     by_rate = frame[frame.groupby("arm")["rate"].transform("nunique") > 1]
-    fig, ax = plt.subplots(figsize=(7, 3))
-    options = {"style": "arm", "hue": "arm", "markers": True, "palette": "colorblind"}
-    if len(by_rate):
-        sns.lineplot(by_rate, x="rate", y="score", ax=ax, errorbar=None, **options)
-    picked = by_rate[by_rate["is_chosen"].astype(bool)]
-    ax.plot(picked["rate"], picked["score"], "o", color="0.2", fillstyle="none", markersize=11)
-    ax.set(
-        xscale="log",
-        xlabel="learning rate",
-        ylabel="$\\Delta_p$ on validation over\nthe arm's mean (percent)",
+    arms = list(dict.fromkeys(by_rate["arm"]))
+    fig, ax = plt.subplots(figsize=(4.5, 0.9 + 0.25 * max(1, len(arms))))
+    if not arms:
+        return fig
+    table = by_rate.pivot(index="arm", columns="rate", values="score").reindex(arms)
+    table = table.replace(-math.inf, math.nan)  # a run broke off
+    label = "$\\Delta_p$ on validation over\nthe arm's mean (percent)"
+    sns.heatmap(
+        table,
+        annot=table.round(1) + 0.0,  # no -0.0
+        fmt=".1f",
+        cmap="RdBu",
+        center=0,
+        linewidths=0.5,
+        yticklabels=[(names or {}).get(arm, arm) for arm in arms],
+        cbar_kws={"label": label, "aspect": 12},
+        annot_kws={"size": 8},
+        ax=ax,
     )
-    if len(by_rate):
-        sns.move_legend(ax, "upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, title=None)
+    ax.tick_params(left=False, bottom=False)
+    ax.grid(visible=False)
+    for _, row in by_rate[by_rate["is_chosen"].astype(bool)].iterrows():
+        corner = (table.columns.get_loc(row["rate"]), arms.index(row["arm"]))
+        ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=1.5))
+    ax.set(xlabel="learning rate", ylabel="")
     return fig
 
 # %% ../../nbs/11_report/32_answers.ipynb #3845d9db
@@ -311,16 +326,17 @@ def show_tuning(
     findings: Findings,
     artifacts: Artifacts,
     stem: str,  # file name without ending
+    names: dict | None = None,  # {arm: short name}
 ):
     "Draw the validation scores of all rates, store them, and name the choices at an edge."
     rows = tuning_rows(findings)
     seeds = len(findings.question.tuning_seeds)
     caption = (
         f"Question {findings.question.name}: validation score over the arm's mean by learning "
-        f"rate, {seeds} tuning seed{'s' * (seeds > 1)}; circles are chosen."
+        f"rate, {seeds} tuning seed{'s' * (seeds > 1)}; what is framed was chosen, and in an empty cell a run broke off."
     )
     if rows and findings.is_done:
-        artifacts.figure(stem, tuning_figure(findings), caption, rows)
+        artifacts.figure(stem, tuning_figure(findings, names), caption, rows)
         plt.show()
     edge = [row["setting"] for row in rows if row["at_edge"]]
     display(Markdown(f"{caption} At an edge: {', '.join(edge) or 'none'}."))

@@ -115,7 +115,7 @@ def test_the_command_trains_packs_and_answers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(questions, "QUESTIONS", (question,))
     main(["toy", "--out", str(tmp_path), "--pack"])
     assert "Does it run?" in capsys.readouterr().out
-    assert [path.name for path in tmp_path.glob("*.gz")] == ["toy-smoke.jsonl.gz"]
+    assert [path.name for path in tmp_path.glob("*.xz")] == ["toy-smoke.jsonl.xz"]
     records = records_of(question, tmp_path)
     assert len(records) == 2 + 3 * 2
     before = read_records(tmp_path)

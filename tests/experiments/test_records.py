@@ -1,7 +1,7 @@
 """Records: identity, whole files, thinning, places, floors."""
 
 import copy
-import gzip
+import lzma
 import json
 import os
 import re
@@ -56,7 +56,7 @@ def test_packed_records_are_found_and_replaced(tmp_path):
         write_record(made(seed=seed), tmp_path)
     before = read_records(tmp_path)
     [archive] = pack_records(tmp_path)
-    assert archive.name == "toy-smoke.jsonl.gz" and not list(tmp_path.glob("*/*.json"))
+    assert archive.name == "toy-smoke.jsonl.xz" and not list(tmp_path.glob("*/*.json"))
     assert read_records(tmp_path) == before
     assert find_record(made(seed=1)["config"], tmp_path)["config"]["seed"] == 1
     write_record(made(seed=1, state="diverged"), tmp_path)
@@ -85,9 +85,9 @@ def test_a_damaged_line_is_named_and_hides_no_other(tmp_path):
     for seed in (0, 1):
         write_record(made(seed=seed), tmp_path)
     [archive] = pack_records(tmp_path)
-    lines = gzip.decompress(archive.read_bytes()).splitlines()
+    lines = lzma.decompress(archive.read_bytes()).splitlines()
     lines[0] = lines[0].replace(b"finished", b"diverged")
-    archive.write_bytes(gzip.compress(b"\n".join(lines)))
+    archive.write_bytes(lzma.compress(b"\n".join(lines)))
     records, damaged = scan_records(tmp_path)
     assert [r["config"]["seed"] for r in records] == [1]
     assert "line 1" in damaged[0].reason and damaged[0].path == archive

@@ -1,6 +1,6 @@
 """Small run records, made up, and the committed ones that a page shows."""
 
-import gzip
+import lzma
 import json
 
 from dbmtl.experiments.records import configuration
@@ -44,8 +44,8 @@ def small_record(method, seed, selected, floors, state="finished", scale="cpu", 
 def record_texts(folder):
     """The JSON text of every record below a folder, single files and archives."""
     texts = [path.read_text() for path in sorted(folder.rglob("*.json"))]
-    for path in sorted(folder.rglob("*.jsonl.gz")):
-        texts += gzip.decompress(path.read_bytes()).decode().splitlines()
+    for path in sorted(folder.rglob("*.jsonl.xz")):
+        texts += lzma.decompress(path.read_bytes()).decode().splitlines()
     return texts
 
 

@@ -140,7 +140,9 @@ def test_every_record_of_the_evidence_belongs_to_a_question():
         config = record["config"]
         place = (config["benchmark"], config["scale"]["name"])
         assert config["seed"] in seeds[place], label_of(record)
-        assert record["written"] and record["state"] == "finished"
+        assert record["written"]
+        # what broke off for a reason of the machine would have been run again
+        assert record["state"] == "finished" or "the loss of task" in record["reason"]
 
 
 def test_a_record_that_is_older_is_found():

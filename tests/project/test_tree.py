@@ -23,7 +23,7 @@ FOREIGN = {  # written so that this file does not hold what it looks for
     r"(?i)[t]his session\b": None,
     r"<{7} |>{7} ": "tests/project/test_notebooks_shape.py",
 }
-BINARY = {".npz", ".png", ".ico", ".gz"}
+BINARY = {".npz", ".png", ".ico", ".gz", ".xz"}
 COMMANDS = [
     "ci/reproduce",
     "ci/test",

@@ -238,7 +238,7 @@ def test_front_is_what_its_notebook_makes_of_the_records(tmp_path, monkeypatch):
         assert made == (ROOT / "figures" / "site" / name).read_text(), (
             "run ci/reproduce --only 17_site/02_front"
         )
-    (figures / "runs" / "pacs-cpu.jsonl.gz").unlink()
+    (figures / "runs" / "pacs-cpu.jsonl.xz").unlink()
     for cell in cells:
         exec(cell, names)
     assert "| PACS | - | not run |" in (figures / "site" / "front.md").read_text()
