@@ -10,10 +10,10 @@ __all__ = ['project_root', 'runs_folder', 'figures_folder', 'configuration', 'ru
 
 # %% ../../nbs/10_experiments/04_records.ipynb #995eb67f
 import functools
-import lzma
 import hashlib
 import importlib
 import json
+import lzma
 import math
 import os
 import platform

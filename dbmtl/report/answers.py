@@ -333,7 +333,8 @@ def show_tuning(
     seeds = len(findings.question.tuning_seeds)
     caption = (
         f"Question {findings.question.name}: validation score over the arm's mean by learning "
-        f"rate, {seeds} tuning seed{'s' * (seeds > 1)}; what is framed was chosen, and in an empty cell a run broke off."
+        f"rate, {seeds} tuning seed{'s' * (seeds > 1)}; what is framed was chosen, and in an empty "
+        "cell a run broke off."
     )
     if rows and findings.is_done:
         artifacts.figure(stem, tuning_figure(findings, names), caption, rows)

@@ -209,7 +209,8 @@ def in_three_sentences(measured: Effects) -> list[str]:
         "**At one rate for all methods the answer is about the rate.** The same difference "
         "under Adam: "
         f"{_listed(measured, fixed, 'DB-MTL - EW')}.",
-        "**Whether training together pays depends on the tasks, hardly on balancing.** Equal weighting minus "
+        "**Whether training together pays depends on the tasks, hardly on balancing.** Equal "
+        "weighting minus "
         f"single-task networks: {_listed(measured, own, 'EW - STL')}.",
     ]
 

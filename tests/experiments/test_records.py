@@ -1,8 +1,8 @@
 """Records: identity, whole files, thinning, places, floors."""
 
 import copy
-import lzma
 import json
+import lzma
 import os
 import re
 import subprocess

@@ -1,7 +1,7 @@
 """Small run records, made up, and the committed ones that a page shows."""
 
-import lzma
 import json
+import lzma
 
 from dbmtl.experiments.records import configuration
 
