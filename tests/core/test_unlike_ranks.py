@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 from helpers.methods import same
-from helpers.ranks import Net, agree, batch, make, part, tensors
+from helpers.ranks import Net, accumulate_by_sample, agree, batch, make, part, tensors
 from torch import distributed as dist
 from torch import nn
 
@@ -274,12 +274,9 @@ def accumulated_on_one_rank(rank, size, name):
     balancer = make(name, model)
     seen = []
     for seed in range(3):
-        x, y, valid = part(batch(seed), rank, size)
+        data = x, y, valid = part(batch(seed), rank, size)
         if rank == 1:
-            for one in range(len(x)):
-                piece = x[one : one + 1], y[:, one : one + 1], valid[:, one : one + 1]
-                losses = model.losses(model.features(piece[0]), *piece[1:])
-                balancer.accumulate(losses, piece[2].sum(1))
+            accumulate_by_sample(model, balancer, data)
             balancer.backward()
         else:
             losses = model.losses(model.features(x), y, valid)

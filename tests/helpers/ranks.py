@@ -100,6 +100,15 @@ def follow(model, balancer, data, rate=1e-2):
     balancer.end_epoch()
 
 
+def accumulate_by_sample(model, balancer, data):
+    """Every sample of (x, y, valid) as a micro-batch of its own, with its counts."""
+    x, y, valid = data
+    for one in range(len(x)):
+        piece = x[one : one + 1], y[:, one : one + 1], valid[:, one : one + 1]
+        losses = model.losses(model.features(piece[0]), *piece[1:])
+        balancer.accumulate(losses, piece[2].sum(1))
+
+
 def train(rank, size, name, steps=5, accumulate=False, cosines=False, **options):
     """Some steps of one rank; one rank of one is the joined batch."""
     warnings.simplefilter("error")
@@ -111,11 +120,7 @@ def train(rank, size, name, steps=5, accumulate=False, cosines=False, **options)
         drawn = [batch(10 * seed + k) for k in range(balancer.aggregator.num_batches)]
         pieces = [part(data, rank, size) for data in drawn]
         if accumulate:
-            x, y, valid = pieces[0]
-            for one in range(len(x)):
-                piece = x[one : one + 1], y[:, one : one + 1], valid[:, one : one + 1]
-                losses = model.losses(model.features(piece[0]), *piece[1:])
-                balancer.accumulate(losses, piece[2].sum(1))
+            accumulate_by_sample(model, balancer, pieces[0])
             balancer.backward()
         else:
             zs = [model.features(x) for x, _, _ in pieces]
