@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from .gramian import tensor_norms
 from .task_gradients import Graph, at_least_float32
 
 # %% ../../nbs/01_core/11_ranks.ipynb #c1d20e1d
@@ -700,8 +701,7 @@ def join_losses(
 # %% ../../nbs/01_core/11_ranks.ipynb #61fa5923
 def lengths_of(tensors: Iterable[Tensor]) -> list[float]:
     "The norm of each, in one host read."
-    norms = [torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64) for tensor in tensors]
-    return torch.stack(norms).tolist() if norms else []
+    return tensor_norms([[tensor.detach() for tensor in tensors]])[0].tolist()
 
 
 def kind_of(p: Tensor) -> str:
