@@ -142,6 +142,15 @@ _scales = {
         eval_batch_size=20,
         extra=_drawn,
     ),
+    "small": Scale(
+        epochs=20,
+        batch_size=8,
+        width=8,
+        train_size=240,
+        eval_size=80,
+        eval_batch_size=20,
+        extra=_drawn | {"size": [32, 64]},
+    ),
     "cpu": Scale(
         epochs=20,
         batch_size=8,

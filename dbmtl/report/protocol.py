@@ -23,6 +23,8 @@ def _grid_in_words(arm: Arm) -> str:
     names = list(arm.grid[0])
     if names == ["learning_rate"]:
         tried = "learning rate " + ", ".join(f"{s['learning_rate']:g}" for s in arm.grid)
+    elif len(arm.grid) <= 6:  # few enough to be named
+        tried = ", ".join(str(settings) for settings in arm.grid)
     else:
         tried = f"{len(arm.grid)} draws of {', '.join(names)}, the first {arm.grid[0]}"
     return f"{start}; {tried}" if start else tried
