@@ -965,7 +965,7 @@ class Balancer:
         gradients = StepGradients([], positions, tasks=batch.tasks, over_ranks=over_ranks)
         tasks = batch.present
         heads = []
-        pieces = []  # lengths of the tensors, taken while they are in the cache
+        pieces = []  # lengths of the tensors
         raw_pieces = []  # the same before the average
         # no `enumerate`: it would keep a raw gradient through the next pass
         passes = batch.passes(slope, self.shared, positions, scale, self.grads)
@@ -979,8 +979,7 @@ class Balancer:
                 with later:
                     if self.aggregator.wants_raw_lengths:
                         raw_pieces += tensor_lengths([widened(tensor) for tensor in row])
-                    row = self.ema.propose(t, row, positions, k)
-                    of_row = tensor_lengths(row)
+                    row, of_row = self.ema.propose(t, row, positions, k)
                     pieces += of_row
                     if self.in_place:
                         row = self.ema.replace(t, row, positions, of_row)

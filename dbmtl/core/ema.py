@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_number, known_options
-from .gramian import norms
+from .gramian import cache_runs, norms, tensor_lengths
 from .task_gradients import widened
 
 # %% ../../nbs/01_core/05_ema.ipynb #86302f39
@@ -61,13 +61,18 @@ class EMA:
         row: list[Tensor],  # P tensors, its gradient in this step
         positions: list[int],  # of the P tensors among the shared parameters
         k: int | Tensor,  # step, from 1
-    ) -> list[Tensor]:  # P tensors, in float32 at least
-        "Task t's smoothed gradient in step k, without storing it."
+    ) -> tuple[list[Tensor], list[Tensor]]:  # P tensors, in float32 at least, and P lengths
+        "Task t's smoothed gradient in step k, without storing it, and `tensor_lengths` of it."
         beta = beta_at(k, self.beta, self.beta_decay)
         row = [widened(gradient) for gradient in row]
-        if t not in self.rows:
-            return smooth(row, None, beta)
-        return smooth(row, self._averages(t, row, positions), beta)
+        old = self._averages(t, row, positions) if t in self.rows else None
+        smoothed = []
+        pieces = []
+        for run in cache_runs(row):  # lengths are taken while the numbers are in the cache
+            part = smooth(row[run], old and old[run], beta)
+            smoothed += part
+            pieces += tensor_lengths(part, among=row)
+        return smoothed, pieces
 
     def _averages(self, t: int, row: list[Tensor], positions: list[int]) -> list[Tensor]:
         "Task t's averages at these positions; zeros where there is none yet."
