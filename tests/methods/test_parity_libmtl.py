@@ -1,8 +1,8 @@
 """What LibMTL's own classes returned on random inputs (tests/parity/README.md): equal where LibMTL
 computes, and no worse where it approximates."""
 
-import gzip
 import json
+import lzma
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +14,8 @@ from torch.testing import assert_close
 
 from dbmtl import make_balancer
 
-VECTORS = Path(__file__).parents[1] / "parity" / "libmtl.json.gz"
-CASES = json.loads(gzip.decompress(VECTORS.read_bytes()))
+VECTORS = Path(__file__).parents[1] / "parity" / "libmtl.json.xz"
+CASES = json.loads(lzma.decompress(VECTORS.read_bytes()))
 EQUAL = {  # LibMTL's name -> ours, and what its hyper-parameters are called here
     "EW": ("EW", lambda h: {}),
     "GLS": ("GLS", lambda h: {}),
