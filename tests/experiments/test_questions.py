@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,14 +13,17 @@ from dbmtl.experiments.questions import (
     Arm,
     Question,
     chosen_labels,
+    drawn_weights,
     main,
     next_runs,
     rates,
+    read_journal,
     records_of,
     run_question,
     tuning_scores,
 )
 from dbmtl.experiments.records import read_records
+from dbmtl.experiments.terminal import parse_duration
 from dbmtl.report.answers import answer_rows, findings_of
 
 
@@ -127,6 +131,76 @@ def test_the_command_trains_packs_and_answers(tmp_path, monkeypatch, capsys):
     incomplete = findings_of(question, lacking)
     assert not incomplete.is_done
     assert answer_rows(incomplete)[0]["answer"] == "not run"
+
+
+@pytest.fixture
+def asked_for(monkeypatch):
+    "The calls of `run_all`, in place of which nothing is trained."
+    calls = []
+
+    def trains_nothing(*arguments, **options):
+        calls.append(options)
+        assert len(calls) < 5, "asked for the same runs again and again"
+        return [{"state": "lost", "steps": 0}, {"state": "failed", "steps": 0}]
+
+    monkeypatch.setattr(questions, "run_all", trains_nothing)
+    return calls
+
+
+def test_runs_that_leave_no_record_are_asked_for_once(tmp_path, asked_for):
+    assert run_question(toy_question(), tmp_path) == {"STL": "STL"}
+    assert len(asked_for) == 1
+
+
+def test_the_journal_has_a_stage_once_for_each_wording(tmp_path, monkeypatch, asked_for):
+    protocol = tmp_path / "protocol.md"
+    monkeypatch.setattr(questions, "protocol_file", lambda: protocol)
+    out = tmp_path / "evidence"
+    for wording in ("in words", "in words", "in other words"):
+        protocol.write_text(f"# All\n\n## toy. Does it run?\n\nSaid {wording}.\n\n## 2. Else\n")
+        run_question(toy_question(), out)
+    first, second = read_journal(out)
+    assert first["section"] != second["section"]
+    for line in (first, second):
+        assert line["question"] == "toy" and line["seeds"] == [50]
+        assert line["labels"] == ["EW", "EW(learning_rate=0.01)"]
+
+
+def test_a_stage_gets_the_time_that_is_left(tmp_path, asked_for):
+    run_question(toy_question(), tmp_path, budget="2m")
+    run_question(toy_question(), tmp_path)
+    assert 115 < parse_duration(asked_for[0]["budget"]) <= 120
+    assert asked_for[1]["budget"] is None
+
+
+def test_questions_share_one_budget(monkeypatch):
+    now = [0.0]
+    budgets = []
+
+    def takes_four_seconds(question, out, jobs, budget, stop):
+        budgets.append(budget)
+        now[0] += 4
+        return {}
+
+    monkeypatch.setattr(questions, "QUESTIONS", [toy_question(name=name) for name in "abc"])
+    monkeypatch.setattr(questions, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(questions, "run_question", takes_four_seconds)
+    main(["a", "b", "c", "--budget", "10s"])
+    assert budgets == ["10s", "6s", "2s"]
+
+
+def test_drawn_weights_have_mean_one():
+    draws = [draw["weights"] for draw in drawn_weights(20, 4)]
+    assert all(len(weights) == 4 and min(weights) >= 0 for weights in draws)
+    assert [sum(weights) / 4 for weights in draws] == pytest.approx([1.0] * 20, abs=1e-3)
+    assert drawn_weights(20, 4) == drawn_weights(20, 4) != drawn_weights(20, 4, seed=1)
+
+
+def test_the_power_of_a_question_is_at_the_level_of_the_first_of_its_pairs():
+    """Without an effect the power is the level: 5 %, divided by the number of pairs."""
+    pairs = (("DB-MTL", "EW"), ("EW", "STL"), ("DB-MTL", "STL"), ("STL", "EW"))
+    assert toy_question(effect=0.0, pairs=pairs).power == pytest.approx(0.0125)
+    assert toy_question(effect=0.0).power == pytest.approx(0.05)
 
 
 def test_power_and_equivalence_at_their_limits():
