@@ -162,3 +162,16 @@ def test_autocast_to_bfloat16(method):
     make_balancer(method, shared=plain["trunk"], num_tasks=3).backward(losses_of(plain, 0))
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         assert ((p.grad - q.grad).norm() / q.grad.norm()).item() < 0.05
+
+
+@pytest.mark.filterwarnings("ignore:.*reached by two or more losses")
+def test_a_hook_runs_once_when_both_tasks_have_added_to_a_gradient():
+    """An optimizer that steps in such a hook would otherwise take a step for each task."""
+    theta = nn.Parameter(torch.ones(2))
+    outside = nn.Parameter(torch.ones(2))
+    seen = []
+    outside.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    balancer = make_balancer("gradient-only", shared=[theta], num_tasks=2)
+    product = theta * outside
+    balancer.backward([product.sum(), 3 * product.sum()])
+    assert_close(seen, [torch.full((2,), 4.0)])

@@ -109,3 +109,13 @@ def test_a_stream_that_began_in_a_failed_step_begins_anew():
         torch.rand(3, generator=memory.generator())
         raise RuntimeError("a step that fails")
     assert memory.get_extra_state() == {"memory": {}, "streams": {}, "seed": None}
+
+
+def test_a_step_that_is_interrupted_is_forgotten():
+    """Ctrl-C is no Exception, and a notebook goes on after it."""
+    memory = Memory()
+    memory.memory = {"count": 1}
+    with pytest.raises(KeyboardInterrupt), all_or_nothing(memory):
+        memory.memory["count"] = 2
+        raise KeyboardInterrupt
+    assert memory.memory == {"count": 1}
