@@ -8,6 +8,7 @@ from torch.amp import GradScaler
 from torch.testing import assert_close
 
 from dbmtl import DBMTL, make_balancer
+from dbmtl.core.grad_scale import GradScale
 
 METHODS = ["EW", "loss-only", "gradient-only", "DB-MTL", "IMTL-L"]
 
@@ -175,3 +176,10 @@ def test_a_hook_runs_once_when_both_tasks_have_added_to_a_gradient():
     product = theta * outside
     balancer.backward([product.sum(), 3 * product.sum()])
     assert_close(seen, [torch.full((2,), 4.0)])
+
+
+def test_a_small_gradient_of_float16_is_unscaled_in_float32():
+    """2^-10 / 2^16 is below the smallest number of float16."""
+    scale = GradScale(GradScaler("cpu", 2.0**16), "cpu")
+    [gradient] = scale.unscale([torch.tensor([2.0**-10], dtype=torch.float16)])
+    assert_close(gradient, torch.tensor([2.0**-26]), rtol=0, atol=0)

@@ -67,6 +67,18 @@ def test_packed_records_are_found_and_replaced(tmp_path):
     assert pack_records(tmp_path) == []
 
 
+def test_records_stay_where_the_archive_cannot_be_written(tmp_path, monkeypatch):
+    path = write_record(made(), tmp_path)
+
+    def is_full(path, content):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(records, "write_atomically", is_full)
+    with pytest.raises(OSError, match="No space left"):
+        pack_records(tmp_path)
+    assert read_record(path)["config"] == made()["config"]
+
+
 def test_a_packed_record_of_other_data_is_not_found(tmp_path):
     record = made(data="d")
     write_record(record, tmp_path)
