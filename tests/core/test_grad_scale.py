@@ -8,6 +8,7 @@ from torch.amp import GradScaler
 from torch.testing import assert_close
 
 from dbmtl import DBMTL, make_balancer
+from dbmtl.core.grad_scale import GradScale
 
 METHODS = ["EW", "loss-only", "gradient-only", "DB-MTL", "IMTL-L"]
 
@@ -162,3 +163,23 @@ def test_autocast_to_bfloat16(method):
     make_balancer(method, shared=plain["trunk"], num_tasks=3).backward(losses_of(plain, 0))
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         assert ((p.grad - q.grad).norm() / q.grad.norm()).item() < 0.05
+
+
+@pytest.mark.filterwarnings("ignore:.*reached by two or more losses")
+def test_a_hook_runs_once_when_both_tasks_have_added_to_a_gradient():
+    """An optimizer that steps in such a hook would otherwise take a step for each task."""
+    theta = nn.Parameter(torch.ones(2))
+    outside = nn.Parameter(torch.ones(2))
+    seen = []
+    outside.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    balancer = make_balancer("gradient-only", shared=[theta], num_tasks=2)
+    product = theta * outside
+    balancer.backward([product.sum(), 3 * product.sum()])
+    assert_close(seen, [torch.full((2,), 4.0)])
+
+
+def test_a_small_gradient_of_float16_is_unscaled_in_float32():
+    """2^-10 / 2^16 is below the smallest number of float16."""
+    scale = GradScale(GradScaler("cpu", 2.0**16), "cpu")
+    [gradient] = scale.unscale([torch.tensor([2.0**-10], dtype=torch.float16)])
+    assert_close(gradient, torch.tensor([2.0**-26]), rtol=0, atol=0)

@@ -81,6 +81,14 @@ def test_the_same_with_a_missing_task_and_in_pieces(options):
             assert_close(heads[t], list(plain))
 
 
+def test_a_loss_of_weight_zero_leaves_its_head_alone():
+    """Its slope is zero, and what its head would get of it is nothing over nothing."""
+    weights = [0.0, *range(1, TASKS)]
+    _, heads, _ = gradients_of("LS", "raw", weights=weights)
+    for weight, gradients, plain in zip(weights, heads, plain_gradients(), strict=True):
+        assert_close(gradients, [bool(weight) * gradient for gradient in plain])
+
+
 def test_steps_between_measured_ones_use_the_losses_of_their_own():
     network, losses = network_and_losses()
     balancer = DBMTL(

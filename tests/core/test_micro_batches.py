@@ -7,6 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from dbmtl import DBMTL, Balancer, Identity, Log, MaxNorm, Sum, make_balancer
+from dbmtl.core.grad_scale import GradScale
 from dbmtl.core.micro_batches import MicroBatches
 
 METHODS = ["EW", "loss-only", "gradient-only", "DB-MTL", "IMTL-L"]
@@ -347,3 +348,24 @@ def test_a_step_begun_in_pieces_names_both_ways_out():
         balancer.backward([theta.square().sum(), theta.sum()])
     balancer.discard()
     balancer.backward([theta.square().sum(), theta.sum()])
+
+
+def test_a_weighted_sum_without_the_first_task():
+    """Weights and counts are those of the tasks of the step, in their order."""
+    theta = torch.zeros(1, requires_grad=True)
+    head = torch.zeros(1, requires_grad=True)
+    held = MicroBatches(3)
+    for t, size, slope in ((1, 2.0, 3.0), (2, 4.0, 5.0)):
+        gradient = torch.tensor([slope])
+        held.add_gradients(t, torch.tensor(size), {0: gradient}, {head: 2 * gradient})
+    held.add_losses(torch.ones(3), torch.tensor([0.0, 2.0, 4.0]), NAMES)
+    held.leave_out_empty()
+    slopes = torch.tensor([1.0, 1.0, 0.5])
+    weights = torch.tensor([10.0, 100.0])
+    head_weights = torch.tensor([7.0, 11.0])
+    scale = GradScale(None, "cpu")
+    total = held.weighted_sum(slopes, weights, head_weights, [theta], scale)
+    assert_close(total[theta], torch.tensor([10 * 3.0 + 100 * 0.5 * 5.0]))
+    assert_close(total[head], torch.tensor([7 * 6.0 + 11 * 0.5 * 10.0]))
+    plain = held.weighted_sum(slopes, weights, None, [theta], scale)
+    assert_close(plain[head], torch.tensor([6.0 + 0.5 * 10.0]))

@@ -277,6 +277,23 @@ def test_a_state_with_missing_tasks_is_loaded():
     assert "missed" not in make("DB-MTL", Net()).state_dict()
 
 
+def test_a_state_with_missing_tasks_stays_as_it_was_saved():
+    """Neither the balancer that saved it nor one that loaded it counts on in the state."""
+    model = Net()
+    balancer = make("DB-MTL", model)
+    step(balancer, model, 0, (2,))
+    state = balancer.state_dict()
+    step(balancer, model, 1, (2,))
+    assert state["missed"].tolist() == [0, 0, 1]
+    another = Net()
+    other = make("DB-MTL", another)
+    other.load_state_dict(state)
+    step(other, another, 1, (2,))
+    assert state["missed"].tolist() == [0, 0, 1]
+    assert balancer.state_dict()["missed"].tolist() == [0, 0, 2]
+    assert other.state_dict()["missed"].tolist() == [0, 0, 2]
+
+
 def test_no_warning_of_a_forgotten_layer_comes_from_a_missing_task(recwarn):
     model = Net()
     balancer = make("DB-MTL", model)

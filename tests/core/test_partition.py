@@ -73,3 +73,16 @@ def test_two_trunks_without_heads_are_no_whole_network():
     partition = Partition([left, right], 2, {})
     partition.learn(("a", "b"), graph(left.sum(), right.sum()))
     assert partition.slipped_in().startswith("2 tensors inside `shared` are reached by one loss")
+
+
+def test_a_layer_without_a_gradient_in_the_first_step_is_told_in_a_later_one():
+    """Behind a gate that starts at zero, both graphs reach the layer and nothing arrives there."""
+    trunk, layer = parameters(2)
+    partition = Partition([trunk], 2, {layer: "gated"})
+    partition.learn(("a", "b"), graph((trunk * layer).sum(), (trunk * layer).sum()))
+    nothing = torch.zeros(2)
+    something = torch.ones(2)
+    assert partition.confirm([{layer: nothing}, {layer: nothing}]) == ""
+    told = partition.confirm([{layer: something}, {layer: something}])
+    assert told.startswith("1 trainable tensors outside `shared`") and "gated [2]" in told
+    assert partition.confirm([{layer: something}, {layer: something}]) == ""

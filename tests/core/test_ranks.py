@@ -25,7 +25,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
-from dbmtl import DBMTL, make_balancer
+from dbmtl import DBMTL, Balancer, GradDrop, Transform, make_balancer
 
 pytestmark = pytest.mark.full  # starts processes
 
@@ -184,6 +184,30 @@ def train_without_seeds(rank, size, name):
 def test_ranks_without_a_seed_draw_the_same_numbers(pools, name):
     first, second = pools(2).run(train_without_seeds, name)
     assert same(first, second)
+
+
+class Jitter(Transform):
+    """A user's own, which draws its first random numbers in a step."""
+
+    def forward(self, losses):
+        return losses
+
+    def advance(self, losses):
+        self.memory["drawn"] = torch.rand(3, generator=self.generator())
+
+
+def streams_of_two_parts(rank, size):
+    torch.manual_seed(rank)
+    model = Net()
+    balancer = Balancer(Jitter(), GradDrop(), shared=model.trunk, num_tasks=3)
+    x, y, valid = part(batch(0), rank, size)
+    balancer.backward(model.losses(model.features(x), y, valid), size=valid.sum(1))
+    return balancer.transform.seed, balancer.aggregator.seed, balancer.transform.memory["drawn"]
+
+
+def test_two_parts_of_a_method_draw_from_two_streams(pools):
+    first, second = pools(2).run(streams_of_two_parts)
+    assert same(first, second) and first[0] != first[1]
 
 
 # errors: on all ranks or on none
@@ -360,11 +384,11 @@ def test_a_head_layer_unused_on_one_rank_needs_a_name(pools):
         assert "give the balancer model=" in error
 
 
-def train_with_absent_tasks(rank, size, how, give_model=False):
+def train_with_absent_tasks(rank, size, how, give_model=False, name="DB-MTL"):
     """Rank 0 never has the second task, and in one step nobody has the third."""
     model = Net()
     options = {"model": model} if give_model else {}
-    balancer = DBMTL(shared=model.trunk, num_tasks=3, missing="skip", **options)
+    balancer = make_balancer(name, shared=model.trunk, num_tasks=3, missing="skip", **options)
     seen = Seen()
     for seed in range(3):
         x, y, valid = batch(seed)
@@ -378,13 +402,16 @@ def train_with_absent_tasks(rank, size, how, give_model=False):
         balancer.backward(losses, size=counts)
         seen.note(model, balancer)
         seen.append(balancer.seen)
+        for p in model.parameters():  # a head of a task that nobody has keeps None
+            p.grad = None
     return list(seen)
 
 
+@pytest.mark.parametrize("name", ["DB-MTL", "EW"])
 @pytest.mark.parametrize("how, give_model", [("size", False), ("none", True)])
-def test_tasks_absent_on_one_rank_and_on_all(pools, how, give_model):
-    one = train_with_absent_tasks(0, 1, how)
-    agree(pools(2).run(train_with_absent_tasks, how, give_model), one)
+def test_tasks_absent_on_one_rank_and_on_all(pools, how, give_model, name):
+    one = train_with_absent_tasks(0, 1, how, name=name)
+    agree(pools(2).run(train_with_absent_tasks, how, give_model, name), one)
     assert one[-1].tolist() == [3, 3, 2]
 
 

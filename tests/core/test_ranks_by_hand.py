@@ -1,6 +1,7 @@
 """What the ranks tell each other, in numbers by hand and without other processes."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,3 +151,12 @@ def test_whole_averages_fit_one_rank_and_shards_of_others_do_not():
     mode.cut_for = 2
     with pytest.raises(RuntimeError, match="a shard for 2 ranks, and there are 1 now"):
         mode.check()
+
+
+def test_a_rank_that_cuts_an_average_keeps_its_part_alone():
+    """Seven numbers for three ranks; the second keeps three, and lets the others' memory go."""
+    mode = Shards(SimpleNamespace(size=3, rank=1))
+    whole = torch.arange(7.0)
+    part = mode.cut({0: {5: whole}})[0][5]
+    assert_close(part, torch.tensor([3.0, 4.0, 5.0]))
+    assert part.untyped_storage().nbytes() == 3 * part.element_size()

@@ -74,6 +74,12 @@ def test_shards_equal_whole_rows(pools, name):
     assert_alike(pools(3).run(train, name, sync="shard"), whole, 1e-10)
 
 
+@pytest.mark.parametrize("sync", ["all", "shard"])
+def test_noise_is_measured_of_whole_rows(pools, sync):
+    options = {"shrinkage": 2.0, "beta": 0.9, "beta_decay": 0.0}
+    agree(pools(2).run(train, "DB-MTL", sync=sync, **options), train(0, 1, "DB-MTL", **options))
+
+
 @pytest.mark.parametrize("name", ["DB-MTL", "CAGrad", "EW", "MetaBalance"])
 def test_micro_batches_of_shards(pools, name):
     agree(pools(2).run(train, name, 3, accumulate=True, sync="shard"), train(0, 1, name, 3))

@@ -81,6 +81,21 @@ def test_memory_is_saved_with_its_stream_and_moves():
     assert_close(restored.memory["nested"][0], float64(1.0, 1.0))
 
 
+def test_a_loaded_memory_does_not_change_the_state_that_it_came_from():
+    """An agent such as IGBv2's writes into its memory, and a state may be loaded twice."""
+    source = Memory(seed=3)
+    source.memory = {"numbers": torch.ones(2), "nested": {"count": 4}}
+    state = source.state_dict()
+    restored = Memory()
+    restored.load_state_dict(state)
+    restored.memory["numbers"].add_(1)
+    restored.memory["nested"]["count"] = 5
+    again = Memory()
+    again.load_state_dict(state)
+    assert_close(again.memory["numbers"], torch.ones(2))
+    assert again.memory["nested"] == {"count": 4}
+
+
 def test_what_counts_in_whole_numbers_is_not_restored_from_floats():
     counts = torch.zeros(3, dtype=torch.long)
     check_layout("transform", counts + 1, counts.to("meta"), 3)
@@ -94,3 +109,13 @@ def test_a_stream_that_began_in_a_failed_step_begins_anew():
         torch.rand(3, generator=memory.generator())
         raise RuntimeError("a step that fails")
     assert memory.get_extra_state() == {"memory": {}, "streams": {}, "seed": None}
+
+
+def test_a_step_that_is_interrupted_is_forgotten():
+    """Ctrl-C is no Exception, and a notebook goes on after it."""
+    memory = Memory()
+    memory.memory = {"count": 1}
+    with pytest.raises(KeyboardInterrupt), all_or_nothing(memory):
+        memory.memory["count"] = 2
+        raise KeyboardInterrupt
+    assert memory.memory == {"count": 1}

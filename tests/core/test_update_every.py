@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dbmtl import (
     DBMTL,
+    DWA,
     EMA,
     Balancer,
     CAGrad,
@@ -144,6 +145,21 @@ def test_learned_scores_learn_in_measured_steps_and_learned_scales_in_all():
         step(imtl, model, seed)
         assert all(p.grad is not None for p in imtl.parameters())
         follow(imtl, model, seed)
+
+
+def test_the_loss_axis_learns_in_all_steps():
+    """DWA ends an epoch after every second step, measured or not."""
+    model = Net()
+    transform = DWA(3, window=2)
+    balancer = Balancer(transform, MaxNorm(), shared=model.trunk, num_tasks=3, update_every=3)
+    epochs = []
+    losses = []
+    for seed in range(6):
+        step(balancer, model, seed)
+        epochs.append(transform.means.epoch)
+        losses.append(balancer.losses)
+    assert epochs == [0, 1, 1, 2, 2, 3]
+    assert_close(transform.means.last, (losses[4] + losses[5]).double() / 2)
 
 
 def test_nash_mtl_by_its_own_option_and_by_the_balancers():

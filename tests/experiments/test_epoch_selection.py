@@ -102,3 +102,13 @@ def test_a_metric_that_does_not_start_above_zero_is_left_out_of_the_choice(first
     for row in given:
         row["validation"]["b"]["MAE"] = 0.0
     assert improvements(given, DIRECTIONS) == [0.0, 0.0, 0.0]
+
+
+def test_a_task_keeps_its_other_metrics_where_one_starts_at_zero():
+    directions = {"a": {"IoU": "up", "Acc": "up"}, "b": {"MAE": "down"}}
+    epochs = [
+        {"validation": {"a": {"IoU": 0.0, "Acc": 10.0}, "b": {"MAE": 2.0}}},
+        {"validation": {"a": {"IoU": 0.5, "Acc": 15.0}, "b": {"MAE": 1.0}}},
+    ]
+    # a: +50 % by the accuracy alone; b: +50 %
+    assert improvements(epochs, directions) == [0.0, 50.0]

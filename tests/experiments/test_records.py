@@ -67,6 +67,27 @@ def test_packed_records_are_found_and_replaced(tmp_path):
     assert pack_records(tmp_path) == []
 
 
+def test_records_stay_where_the_archive_cannot_be_written(tmp_path, monkeypatch):
+    path = write_record(made(), tmp_path)
+
+    def is_full(path, content):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(records, "write_atomically", is_full)
+    with pytest.raises(OSError, match="No space left"):
+        pack_records(tmp_path)
+    assert read_record(path)["config"] == made()["config"]
+
+
+def test_a_packed_record_of_other_data_is_not_found(tmp_path):
+    record = made(data="d")
+    write_record(record, tmp_path)
+    pack_records(tmp_path)
+    assert find_record(record["config"], tmp_path, data_hash="other") is None
+    assert find_record(record["config"], tmp_path, data_hash="d")["identity"] == record["identity"]
+    assert find_record(record["config"], tmp_path)["identity"] == record["identity"]
+
+
 def test_an_archived_record_has_its_tasks_in_the_order_of_the_benchmark(tmp_path):
     """Tables and curves follow the order of the tasks, which the sorted keys of an archive lose."""
     curves = {"train": {task: [2.0, 1.0] for task in toy.task_names}, "epochs": [1, 2]}
@@ -113,7 +134,9 @@ def test_identity_changes_with_every_field_of_the_configuration():
 def test_the_default_learning_rate_in_words_is_no_other_configuration():
     rate = toy.scale("smoke").learning_rate
     plain = configuration(toy, "EW", 0, "smoke")
-    assert configuration(toy, "EW", 0, "smoke", {"learning_rate": rate}) == plain
+    settings = {"learning_rate": rate}
+    assert configuration(toy, "EW", 0, "smoke", settings) == plain
+    assert settings == {"learning_rate": rate}  # the caller's own are left alone
     other = configuration(toy, "EW", 0, "smoke", {"learning_rate": 2 * rate})
     assert other == plain | {"hyper": {"learning_rate": 2 * rate}}
 

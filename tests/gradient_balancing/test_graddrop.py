@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from dbmtl import Balancer, Identity
 from dbmtl.gradient_balancing.graddrop import GradDrop, GradDropFeatures, batch_signs, sign_masks
 
 D = torch.float64
@@ -56,6 +57,15 @@ def test_graddrop_leak():
     assert directions == {4 - 0.5 * 4, 0.25 * 4 - 4}
     with pytest.raises(ValueError, match="3 numbers for 2 tasks"):
         GradDrop([0, 0, 0])(G, None)
+
+
+def test_graddrop_leaks_of_a_step_are_those_of_its_tasks():
+    """The first task is missing, and the gradients of the other two are never dropped."""
+    theta = torch.nn.Parameter(torch.zeros(100))
+    aggregator = GradDrop(leak=(0.0, 1.0, 1.0), seed=0)
+    balancer = Balancer(Identity(), aggregator, shared=[theta], num_tasks=3)
+    balancer.backward([None, 4 * theta.sum(), -theta.sum()])
+    assert_close(theta.grad, torch.full((100,), 3.0))
 
 
 def test_graddrop_does_not_depend_on_precision_or_partition(draw):
