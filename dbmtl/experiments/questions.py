@@ -607,7 +607,7 @@ def main(arguments=None):
             chosen = run_question(question, given.out, given.jobs, budget, stop)
             print(question.name, question.title)
             print(*chosen.values(), sep=", ", flush=True)
-            if left <= 0 or stop():
+            if time.monotonic() >= deadline or stop():
                 break
     if given.pack:
         pack_records(evidence_folder() if given.out is None else given.out)

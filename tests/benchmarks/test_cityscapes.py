@@ -95,6 +95,7 @@ def test_cityscapes_scales_say_where_images_come_from():
     assert {name for name, source in sources.items() if source == "generated"} == {
         "smoke",
         "generated",
+        "small",
     }
     assert set(sources.values()) == {"generated", "real"}
     sizes = [{}, {"train_size": 8}, {"eval_size": 4}, {"extra": {**TINY.extra, "size": [32, 16]}}]

@@ -554,6 +554,7 @@ def test_nyuv2_command_ends_with_2_where_pictures_are_missing(nothing):
     assert not list(nothing.glob("**/*.json"))
 
 
+@pytest.mark.full
 @pytest.mark.data
 @each_network
 def test_nyuv2_one_step_on_the_real_pictures(name, tmp_path, monkeypatch):

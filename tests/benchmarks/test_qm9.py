@@ -167,6 +167,7 @@ def test_qm9_learns_in_a_minute_of_one_core(qm9, sample):
     assert better >= 6, better
 
 
+@pytest.mark.full
 @pytest.mark.data
 def test_qm9_full_set_trains_a_step(qm9):
     scale = dataclasses.replace(qm9.scale("paper"), width=8, batch_size=16, eval_size=20)

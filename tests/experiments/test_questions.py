@@ -215,11 +215,11 @@ def test_questions_share_one_budget(monkeypatch):
         now[0] += 4
         return {}
 
-    monkeypatch.setattr(questions, "QUESTIONS", [toy_question(name=name) for name in "abc"])
+    monkeypatch.setattr(questions, "QUESTIONS", [toy_question(name=name) for name in "abcd"])
     monkeypatch.setattr(questions, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(questions, "run_question", takes_four_seconds)
-    main(["a", "b", "c", "--budget", "10s"])
-    assert budgets == ["10s", "6s", "2s"]
+    main(["a", "b", "c", "d", "--budget", "10s"])
+    assert budgets == ["10s", "6s", "2s"]  # twelve seconds are over before d
 
 
 def test_after_ctrl_c_no_other_question_is_begun(monkeypatch):

@@ -281,6 +281,7 @@ def flat(nested):
             yield from flat(part)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["EW", "DB-MTL", "CAGrad"])
 def test_a_benchmark_trains_there(elsewhere, method, tmp_path):
     """Training, evaluation, monitors and checkpoints of a small benchmark."""

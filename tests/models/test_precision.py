@@ -472,6 +472,7 @@ def test_without_a_switch_nothing_is_touched():
     assert type(net()) is Net and type(net().trunk) is nn.Sequential
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", ["bf16", "checkpoint", "aot_eager and checkpoint"])
 def test_a_copy_is_a_whole_copy(how):
     model = net(**SWITCHES[how])
@@ -539,6 +540,7 @@ def test_a_second_call_is_refused():
         efficient(net(checkpoint=True), precision="bf16")
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize("how", ["checkpoint", "aot_eager"])
 def test_a_trunk_that_is_used_in_parts_is_found_out(how):

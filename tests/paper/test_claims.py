@@ -658,6 +658,7 @@ def test_claims_costs_are_rows():
 # ------------------------------------------------------------------------------------------ picture
 
 
+@pytest.mark.full
 def test_claims_pictures_show_every_number(rows):
     use_style()
     pages = forest_pages(rows)

@@ -278,6 +278,7 @@ def test_figures_draw_the_numbers(levels):
 # ------------------------------------------------------------------------------------- the checks
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name, wrong, check",
     [

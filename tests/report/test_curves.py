@@ -478,6 +478,7 @@ def benchmark_of(row):
     return BENCHMARKS[row["benchmark"].removeprefix("on ")]
 
 
+@pytest.mark.full
 def test_figures_8_numbers_are_those_of_the_records():
     rows = [row for row in table("figure8_numbers") if row["scale"] != "not run"]
     assert {row["benchmark"] for row in rows} >= {"on Office-31", "on QM9"}
@@ -508,6 +509,7 @@ def test_figures_8_numbers_are_those_of_the_records():
         assert int(row["seeds"]) == len(logs)
 
 
+@pytest.mark.full
 def test_figures_still_to_come_numbers_are_those_of_the_records():
     for row in table("figure8_still_to_come"):
         if row["scale"] == "not run":
@@ -534,6 +536,7 @@ def test_figures_still_to_come_numbers_are_those_of_the_records():
         agree(row, "between tasks", interval(between))
 
 
+@pytest.mark.full
 def test_figures_9_numbers_are_those_of_the_records():
     for row in table("figure9_numbers"):
         if row["scale"] == "not run":

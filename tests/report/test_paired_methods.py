@@ -109,6 +109,7 @@ def test_pairs_verdicts_are_counted_with_holm(pages):
     assert table[-1]["verdict"] == "not run"
 
 
+@pytest.mark.full
 def test_pairs_study_leaves_pictures_and_tables(pages, tmp_path, monkeypatch):
     monkeypatch.setenv("DBMTL_OUT", str(tmp_path))
     monkeypatch.setattr(plt, "show", lambda: None)
