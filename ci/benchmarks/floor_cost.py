@@ -16,8 +16,8 @@ between the repetitions, by `torch.add` of two large tensors into a third; these
 of a copy are what no implementation can save, and give the least ratio that this machine allows.
 
 Each network is measured in a process of its own. Pages are those that a step asks the system for.
-Load is what else ran on the machine, from the system's average. Writes floor_cost.json and
-floor_cost.md.
+Load is what else ran on the machine, from the system's average. Writes floor_cost.json,
+floor_cost.md, and floor_cost_in_words.md for README.
 """
 
 import argparse
@@ -300,6 +300,22 @@ The two stages between a step and its floor:
 """
 
 
+def in_words(result):
+    """The least and the largest ratio over the networks, for README."""
+    ratios = {}
+    for place, m in result["measured"].items():
+        tasks = int(place.rpartition("= ")[2])
+        ms = m["median ms"]
+        ratios.setdefault(tasks, []).append((ms["DB-MTL"] / ms["floor"], ms["DB-MTL"] / ms["EW"]))
+    to_floor = [ratio for of_tasks in ratios.values() for ratio, _ in of_tasks]
+    to_equal = [
+        f"{min(of_equal):.1f} to {max(of_equal):.1f} times that of equal weighting at T = {tasks}"
+        for tasks, of_tasks in ratios.items()
+        for of_equal in [[ratio for _, ratio in of_tasks]]
+    ]
+    return f"{min(to_floor):.2f} to {max(to_floor):.2f} times these passes, {', '.join(to_equal)}"
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -328,6 +344,7 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "floor_cost.json").write_text(json.dumps(result, indent=1) + os.linesep)
     (options.out / "floor_cost.md").write_text(markdown(result))
+    (options.out / "floor_cost_in_words.md").write_text(in_words(result) + os.linesep)
     print(markdown(result))
 
 
