@@ -1,13 +1,15 @@
-"""What each extra takes on disk: its packages and what they require, as installed here.
+"""What each extra takes to download and on disk: its packages and what they require.
 
-    python ci/benchmarks/setup_size.py     where `dev` and `book` are installed
+    python ci/benchmarks/setup_size.py     where `dev` and `book` are installed; downloads them all
 
 Writes figures/benchmarks/setup_size.csv and setup_size.md.
 """
 
 import csv
 import platform
+import subprocess
 import sys
+import tempfile
 import tomllib
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -73,6 +75,16 @@ def megabytes(installed):
     return sum(path.stat().st_size for path in paths if path.is_file()) / 1e6
 
 
+def downloaded(extra):
+    """The size in MB of the archives that pip fetches for an extra."""
+    requirements = map(str, written_in(extra) + written_in(""))
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "-qq", "--no-cache-dir"]
+        command += ["--dest", folder, "--constraint", ROOT / "ci" / "constraints.txt"]
+        subprocess.run([*command, *requirements], check=True)
+        return sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6
+
+
 def measure(extra):
     """Packages and megabytes of an extra; raises ValueError where some are not installed."""
     installed = installed_with(extra)
@@ -84,6 +96,7 @@ def measure(extra):
     return {
         "extra": extra,
         "packages": len(sizes),
+        "download_mb": round(downloaded(extra), -1),
         "disk_mb": round(sum(sizes.values()), -1),
         "largest": ", ".join(f"{name} {sizes[name]:.0f}" for name in largest),
     }
@@ -92,13 +105,14 @@ def measure(extra):
 def markdown(measured):
     """The table, with a sentence on how it was measured."""
     lines = [
-        "| command | for | extra | packages | on disk | the largest, MB |",
-        "|---|---|---|---|---|---|",
+        "| command | for | extra | packages | download | on disk | the largest, MB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for extra, row in measured.items():
         command, purpose = ROWS[extra]
         cells = [command, purpose, f"`{extra}`" if extra else "none", row["packages"]]
-        cells += [f"{float(row['disk_mb']):,.0f} MB", row["largest"]]
+        cells += [f"{float(row[size]):,.0f} MB" for size in ("download_mb", "disk_mb")]
+        cells.append(row["largest"])
         lines.append(f"| {' | '.join(map(str, cells))} |")
     table = "\n".join(lines)
     return f"""# What setting up takes

@@ -44,6 +44,8 @@ def write_pages(folder):
         shutil.copy(mathjax() / name, static)
     for name in ("book.css", "book.js"):
         shutil.copy(HERE / name, folder / "_static")
+    (folder / "_templates").mkdir()
+    shutil.copy(HERE / "edit-this-page.html", folder / "_templates")
     shutil.copy(HERE / "conf.py", folder)
 
 

@@ -41,6 +41,7 @@ html_theme = "sphinx_book_theme"
 html_title = "dbmtl"
 html_baseurl = "https://dbmtl.github.io/dbmtl/"
 html_static_path = ["_static"]
+templates_path = ["_templates"]
 html_css_files = ["book.css"]
 html_js_files = ["book.js"]
 toc_object_entries_show_parents = "hide"
@@ -58,22 +59,24 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "show_navbar_depth": 1,
-    "collapse_navigation": True,  # only the open part unfolds: a fifth of the time and size
+    "collapse_navbar": True,  # only the open part unfolds: a third of the time to build
     "max_navbar_depth": 3,
     "show_toc_level": 2,
     "home_page_in_toc": True,
     "navbar_persistent": [],  # the search field stands in the sidebar
+    "footer_content_items": ["edit-this-page.html", "copyright.html"],
 }
 GENERATOR = "https://github.com/dbmtl/dbmtl/edit/main/ci/book_files/pages.py"
 
 
 def edit_what_makes_the_page(app, pagename, templatename, context, doctree):
-    """Point "Edit this page" of a generated page at its generator."""
-    if (Path(app.srcdir) / f"{pagename}.ipynb").exists():
-        return
+    """Give "Edit this page" its address: a notebook, or what generates the page."""
+    is_notebook = (Path(app.srcdir) / f"{pagename}.ipynb").exists()
     for button in walk(context.get("header_buttons", [])):
         if button.get("label") == "source-edit-button":
-            button["url"] = GENERATOR
+            if not is_notebook:
+                button["url"] = GENERATOR
+            context["edit_this_page"] = button["url"]
 
 
 def walk(buttons):

@@ -1,5 +1,6 @@
 """From a notebook of nbs/ to a page of the book: what a reader sees and no more."""
 
+import ast
 import os
 import re
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,7 @@ NOTEBOOKS = ROOT / "nbs"
 REPOSITORY = "https://github.com/dbmtl/dbmtl"  # as in settings.ini
 HIDDEN = {"hide", "default_exp", "exporti"}  # directives of a cell that is not shown
 FOLDED = "#| code-fold: true"  # first line of a cell that the reader opens: a solution
+LONG_IMPORTS = 12  # lines; a longer cell of imports alone is opened by the reader, too
 
 LINK = re.compile(r"(?P<before>!?\[[^\]]*\]\()(?P<target>[^)\s]+)\)")
 INCLUDE = re.compile(r"<!-- include (\S+) -->")
@@ -175,6 +177,26 @@ def without_directives(source):
     return "\n".join(kept).strip("\n")
 
 
+def imports_alone(source):
+    """Whether a cell imports and does nothing else."""
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:  # a magic
+        return False
+    return all(isinstance(statement, ast.Import | ast.ImportFrom) for statement in statements)
+
+
+def fold(cell, source):
+    """Fold a solution with its output, and a long cell of imports."""
+    tags = cell.metadata.get("tags", [])
+    if cell.source.startswith(FOLDED):
+        cell.metadata["tags"] = [*tags, "hide-cell"]
+    elif source.count("\n") >= LONG_IMPORTS and imports_alone(source):
+        cell.metadata["tags"] = [*tags, "hide-input"]
+        prompts = {"code_prompt_show": "Show the imports", "code_prompt_hide": "Hide the imports"}
+        cell.metadata["mystnb"] = prompts
+
+
 def page_of(path):
     """The notebook of the book for one of nbs/: directives and hidden cells are gone."""
     notebook = nbformat.read(path, 4)
@@ -188,8 +210,7 @@ def page_of(path):
             source = without_directives(cell.source)
             if not source:
                 continue
-            if cell.source.startswith(FOLDED):
-                cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-cell"]
+            fold(cell, source)
             cell.source = source
             for output in cell.outputs:
                 data = output.get("data", {})

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import nbformat
 from fastcore.docments import docments
 from notebooks import (
+    EQUATION,
     NOTEBOOKS,
     ROOT,
     all_notebooks,
@@ -189,11 +190,26 @@ def where_rows(name):
     return rows
 
 
+def equation_lines(name):
+    """The first displayed equation of each notebook of a method, below a link to it."""
+    classes = [part for part in classes_of(name) if part is not dbmtl.Identity]
+    lines = []
+    for notebook in dict.fromkeys(notebook_of(part.__module__) for part in classes):
+        cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", 4).cells
+        title, _ = title_and_sentence(nbformat.from_dict({"cells": cells}))
+        prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        if equation := EQUATION.search(prose):
+            lines += [f"From [{title}](/{notebook}.ipynb):", ""]
+            lines += ["$$", equation["body"].strip(), "$$", ""]
+    return lines
+
+
 def method_page(name):
     """All that is known about a method, from its facts."""
     facts = method_facts(name)
     lines = [f"# {name}", "", f"{facts['venue'][0].upper()}{facts['venue'][1:]}.", ""]
-    lines += ["```text", facts["equation"], "```", ""]
+    lines += equation_lines(name)
+    lines += ["In plain text:", "", "```text", facts["equation"], "```", ""]
     axes = {"loss": "losses", "gradient": "gradients", "both": "losses and gradients"}
     rows = [
         ["balances", axes[facts["axis"]]],
@@ -271,12 +287,13 @@ def results_page():
     for heading, sentence in sentences.items():
         name, anchor = heading_link(heading)
         lines += [f"({anchor_of(heading)})=", f"## {heading}", "", sentence, ""]
-        lines += [f"[Read it](/{name}.ipynb#{anchor})", ""]
+        title, _ = title_and_sentence(nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4))
+        lines += [f"Derived in [{title}](/{name}.ipynb#{anchor}).", ""]
     for entry in entries():
         found = re.match(r"(?:Table|Figure) \d+", entry.title)
         if entry.name.startswith("15_paper/") and found:
             lines += [f"({anchor_of(found[0])})=", f"## {entry.title}", "", entry.sentence, ""]
-            lines += [f"[Our runs and the printed numbers](/{entry.name}.ipynb)", ""]
+            lines += [f"[Our runs beside what is printed](/{entry.name}.ipynb)", ""]
     return "\n".join(lines)
 
 
@@ -415,11 +432,11 @@ def parameter_lines(item, signature):
 def plain(text):
     """Words of a docstring or comment, safe as Markdown outside of code."""
     text = re.sub(r"\[([^\]]+)\]\([^)]+\.ipynb\)", r"\1", text)  # the page links its notebook
-    parts = re.split(r"(`[^`\n]+`)", text)
+    parts = re.split(r"(`[^`\n]+`|\$[^$\n]+\$)", text)
     safe = []
     for part in parts:
-        is_code = part.startswith("`")
-        safe.append(part if is_code else re.sub(r"([*_<>\[\]$|\\])", r"\\\1", part))
+        stays = part.startswith(("`", "$")) and len(part) > 1  # code and mathematics
+        safe.append(part if stays else re.sub(r"([*_<>\[\]$|\\])", r"\\\1", part))
     return "".join(safe)
 
 
@@ -457,10 +474,50 @@ def directive(kind, title, body, depth):
     return f"{fence}{{py:{kind}}} {title}\n\n{body}\n{fence}\n"
 
 
+def source_link(item):
+    """A link to the first line of a class or function."""
+    line = inspect.getsourcelines(item)[1]
+    address = repository_link(module_file(item.__module__))
+    return f"[source]({address}#L{line})"
+
+
+def with_source(item):
+    """The docstring, and behind its first paragraph a link to the code."""
+    first, *others = docstring_of(item).split("\n\n", 1)
+    if first.startswith("```"):
+        return "\n\n".join([source_link(item), first, *others])
+    return "\n\n".join([f"{first} ({source_link(item)})".strip(), *others])
+
+
+def comment_on(name, text):
+    """The comment beside a module's constant, or the lines of comment above it."""
+    found = re.search(
+        rf"(?P<above>(?:^# .+\n)*)^{name}\b[^#\n]*=[^#\n]*(?:  # (?P<beside>.+))?$",
+        text,
+        re.MULTILINE,
+    )
+    if not found:
+        return ""
+    if found["beside"]:
+        return found["beside"]
+    lines = [line.removeprefix("# ") for line in found["above"].splitlines()]
+    return " ".join(line for line in lines if not line.startswith("%%"))
+
+
+def constant(name, value, text):
+    """The directive of a module's constant: its value, where that is short, and its comment."""
+    shown = repr(value)
+    is_short = len(shown) <= 100 and " at 0x" not in shown and "`" not in shown
+    words = [f"`{shown}`"] if is_short else []
+    if comment := comment_on(name, text):
+        words.append(plain(comment))
+    return directive("data", name, ": ".join(words), 0)
+
+
 def described(item, kind, title, depth=0):
     """The directive of one class, function or method."""
     signature = signature_of(item)
-    body = [docstring_of(item), ""]
+    body = [with_source(item), ""]
     call = ""
     if signature is not None:
         call = call_text(signature)
@@ -481,8 +538,9 @@ def module_page(name):
     lines = [f"# {name}", "", plain(summary), ""]
     lines += [f"Made and tested in [{notebook}](/{notebook}.ipynb); source"]
     lines += [f"{code_link(module_file(name))}.", "", f"```{{py:module}} {name}", "```", ""]
+    text = inspect.getsource(module)
     for public in module.__all__:
-        item = getattr(module, public)
+        item = inspect.unwrap(getattr(module, public))  # a cached function is one
         if getattr(item, "__module__", name) != name:
             continue
         if inspect.isclass(item):
@@ -490,7 +548,7 @@ def module_page(name):
         elif inspect.isfunction(item):
             lines.append(described(item, "function", public))
         else:
-            lines.append(directive("data", public, "", 0))
+            lines.append(constant(public, item, text))
     return "\n".join(lines)
 
 

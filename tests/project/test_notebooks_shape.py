@@ -448,6 +448,16 @@ def outputs_are_stable(page, house):
 
 
 @rule
+def no_picture_is_shown_twice(page, house):
+    """A figure that is displayed and left open is drawn again at the end of its cell."""
+    for cell in page.code:
+        pictures = [output.get("data", {}).get("image/png") for output in cell.raw["outputs"]]
+        pictures = [picture for picture in pictures if picture]
+        if len(pictures) > len({"".join(picture) for picture in pictures}):
+            yield cell.source.splitlines()[-1]
+
+
+@rule
 def ends_in_a_summary(page, house):
     sections = re.findall(r"^## (.*)", page.prose, flags=re.M)
     if page.module not in (None, "__init__") and [s.strip() for s in sections[-1:]] != ["Summary"]:
@@ -603,6 +613,7 @@ def replace(at, **keys):
 PARAMETERS = cell("scale = 'smoke'  # how much\nseeds = [0]  # which", tags=["parameters"])
 STDERR = [{"output_type": "stream", "name": "stderr", "text": "a warning"}]
 ERROR = [{"output_type": "error", "ename": "E", "evalue": "", "traceback": []}]
+PICTURE = {"output_type": "display_data", "data": {"image/png": "iVBOR"}, "metadata": {}}
 UNSTABLE = [
     "/" + "home/me/file",
     "'/" + "root/x.csv'",
@@ -691,6 +702,7 @@ BAD = {
         page(change=replace(6, outputs=ERROR)),
         *[page(change=put(cell("x", text=text))) for text in UNSTABLE],
     ],
+    "no_picture_is_shown_twice": [page(change=replace(6, outputs=[PICTURE, PICTURE]))],
     "ends_in_a_summary": [page(change=lambda cells: cells.pop())],
 }
 SMALL_HOUSE = House(

@@ -70,6 +70,20 @@ def test_the_table_of_sizes_has_every_extra_of_a_command(sizes):
     assert sizes.markdown(rows).partition("Each with")[0] == page.partition("Each with")[0]
 
 
+def test_the_readme_has_the_sizes_of_the_table():
+    with (ROOT / "figures/benchmarks/setup_size.csv").open(newline="") as file:
+        rows = {row["extra"]: row for row in csv.DictReader(file)}
+    download, disk = (
+        [f"{float(rows[extra][size]) / 1000:.1f}" for extra in ("reproduce", "dev")]
+        for size in ("download_mb", "disk_mb")
+    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (
+        f"{download[0]} GB to download and {disk[0]} GB on disk for reproducing, "
+        f"{download[1]} and {disk[1]} GB for testing" in readme
+    )
+
+
 def test_an_extra_that_is_not_installed_is_named(sizes, monkeypatch):
     monkeypatch.setitem(sizes.EXTRAS, "lab", ["a-package-that-is-not-there"])
     with pytest.raises(ValueError, match="'lab' is not installed: a-package-that-is-not-there"):

@@ -159,6 +159,53 @@ def test_solutions_are_folded(book):
     assert "steps_above" in re.sub("<[^>]+>", "", solutions[0])
 
 
+def test_long_imports_are_folded_and_short_ones_are_not(book):
+    def imports(page):
+        text = (book / f"{page}.html").read_text(encoding="utf-8")
+        folded = re.findall(r"<details.*?</details>", text, flags=re.DOTALL)
+        return [re.sub("<[^>]+>", "", part) for part in folded if "Show the imports" in part]
+
+    (long,) = imports("01_core/16_balancer")
+    assert "from dbmtl.core.aggregator import" in long and "class " not in long
+    assert imports("02_loss_balancing/01_log") == []
+
+
+def test_the_sidebar_unfolds_the_part_that_is_open(book, pages):
+    links = set(pages[book / "methods" / "cagrad.html"].links)
+    assert {"mtadam.html", "../glossary.html", "../01_core/index.html"} <= links
+    assert "../01_core/16_balancer.html" not in links
+
+
+def test_every_page_can_be_edited(book, pages):
+    made = {book / f"{name}.html" for name in ("genindex", "py-modindex", "search")}
+    for path in pages.keys() - made:
+        text = path.read_text(encoding="utf-8")
+        (address,) = re.findall(r'<a href="([^"]+)">Edit this page</a>', text)
+        name = path.relative_to(book).with_suffix(".ipynb")
+        is_notebook = (ROOT / "nbs" / name).exists()
+        file = f"nbs/{name}" if is_notebook else "ci/book_files/pages.py"
+        assert address.endswith(f"/edit/main/{file}"), path
+
+
+def test_every_page_of_the_book_has_a_next_one(book, pages):
+    made = {book / f"{name}.html" for name in ("genindex", "py-modindex", "search")}
+    ends = [
+        path.relative_to(book).as_posix()
+        for path in pages.keys() - made
+        if 'class="right-next"' not in path.read_text(encoding="utf-8")
+    ]
+    assert len(ends) == 1, ends  # the last
+
+
+def test_a_method_s_page_shows_its_equations(book):
+    for path in (book / "methods").glob("*.html"):
+        if path.stem != "index":
+            assert '<div class="math' in path.read_text(encoding="utf-8"), path
+    text = (book / "methods" / "imtl.html").read_text(encoding="utf-8")
+    assert text.count('<div class="math') == 2  # of IMTL-L and of IMTL-G
+    assert r"\ell - s" in text and r"u_t\cdot d" in text
+
+
 def test_a_method_s_page_links_what_there_is_about_it(pages, book):
     links = pages[book / "methods" / "cagrad.html"].links
     assert "https://arxiv.org/abs/2110.14048" in links
@@ -187,6 +234,22 @@ def test_parameters_bear_their_comments(book):
     assert "P fresh tensors" in text
 
 
+def test_the_api_links_lines_of_the_source(book, pages):
+    prefix = "https://github.com/dbmtl/dbmtl/blob/main/"
+    links = [link for link in pages[book / "api" / "dbmtl.core.ema.html"].links if "#L" in link]
+    definitions = []
+    for link in links:
+        file, _, line = link.removeprefix(prefix).partition("#L")
+        definitions.append((ROOT / file).read_text("utf-8").splitlines()[int(line) - 1].strip())
+    assert "def smooth(" in definitions and "class EMA:" in definitions
+    assert all(line.startswith(("def ", "class ", "@")) for line in definitions)
+
+
+def test_constants_have_their_values(book):
+    text = re.sub("<[^>]+>", "", (book / "api" / "dbmtl.data.qm9.html").read_text("utf-8"))
+    assert "130831: of the full set" in re.sub(r"\s+", " ", text)
+
+
 # ---------------------------------------------------------------------------------- browser
 
 
@@ -209,10 +272,11 @@ MEASURE = """(async () => {
 FOLDS = """(() => {
     const folds = [...document.querySelectorAll("details")].filter(
         fold => fold.querySelector("summary").textContent.includes("Show the solution"));
-    const height = fold => fold.querySelector("pre").getBoundingClientRect().height;
+    // what is folded keeps its size, so that a box tells nothing
+    const isSeen = fold => fold.querySelector("pre").checkVisibility();
     return JSON.stringify({
         open: folds.map(fold => fold.open),
-        seen: folds.map(fold => height(fold) > 0),
+        seen: folds.map(isSeen),
         prompts: folds.map(fold => fold.querySelector("summary").innerText.trim()),
         wide: document.documentElement.scrollWidth - window.innerWidth,
     });
