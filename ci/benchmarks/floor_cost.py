@@ -309,11 +309,12 @@ def in_words(result):
         ratios.setdefault(tasks, []).append((ms["DB-MTL"] / ms["floor"], ms["DB-MTL"] / ms["EW"]))
     to_floor = [ratio for of_tasks in ratios.values() for ratio, _ in of_tasks]
     to_equal = [
-        f"{min(of_equal):.1f} to {max(of_equal):.1f} times that of equal weighting at T = {tasks}"
+        f"{min(of_equal):.1f} to {max(of_equal):.1f} at T = {tasks}"
         for tasks, of_tasks in ratios.items()
         for of_equal in [[ratio for _, ratio in of_tasks]]
     ]
-    return f"{min(to_floor):.2f} to {max(to_floor):.2f} times these passes, {', '.join(to_equal)}"
+    times = f"{min(to_floor):.2f} to {max(to_floor):.2f} times these passes"
+    return f"{times}; in units of equal weighting's pass {', '.join(to_equal)}"
 
 
 def main():
