@@ -294,6 +294,7 @@ EVIDENCE_PLACES = {  # question -> place in the ledger; the first that has a cla
     "5b": "office31 (batches of 8)",
     "1b": "office31-sgd",
     "2b": "pacs",
+    "8": "qm9",
 }
 
 
