@@ -17,7 +17,7 @@ of a copy are what no implementation can save, and give the least ratio that thi
 
 Each network is measured in a process of its own. Pages are those that a step asks the system for.
 Load is what else ran on the machine, from the system's average. Writes floor_cost.json,
-floor_cost.md, and floor_cost_in_words.md for README.
+floor_cost.md, and floor_cost_in_words.txt for README.
 """
 
 import argparse
@@ -345,7 +345,7 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "floor_cost.json").write_text(json.dumps(result, indent=1) + os.linesep)
     (options.out / "floor_cost.md").write_text(markdown(result))
-    (options.out / "floor_cost_in_words.md").write_text(in_words(result) + os.linesep)
+    (options.out / "floor_cost_in_words.txt").write_text(in_words(result) + os.linesep)
     print(markdown(result))
 
 

@@ -7,7 +7,6 @@ __all__ = ['trade_offs', 'front_of', 'trade_offs_figure', 'show_trade_offs']
 
 # %% ../../nbs/11_report/36_trade_offs.ipynb #55c3b88d
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import Markdown, display

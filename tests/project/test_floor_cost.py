@@ -43,7 +43,8 @@ def test_the_words_for_readme_span_all_networks(script):
 
 
 def test_the_bytes_of_a_sum_are_those_of_its_tensors(script):
-    one, other = torch.zeros(5), torch.zeros(5)
+    one = torch.zeros(5)
+    other = torch.zeros(5)
     with script.Bytes() as counter:
         one.add_(other)
     assert counter.count == 3 * 5 * 4  # two operands, and the result
