@@ -164,6 +164,7 @@ def test_claims_are_those_of_the_paper():
         ]
 
 
+@pytest.mark.full
 def test_claims_rows_say_where_and_how(rows):
     for row in rows:
         assert row.quantity and row.place in TITLES
@@ -183,6 +184,7 @@ def test_claims_rows_say_where_and_how(rows):
     }
 
 
+@pytest.mark.full
 def test_claims_of_all_benchmarks_have_a_row_for_each(rows):
     def own_places(claim):
         return {row.place for row in rows if row.claim == claim and row.is_own}
@@ -363,6 +365,7 @@ def test_claims_seeds_that_would_decide():
     assert seeds_to_decide(estimate([-1.0, 1.0, 0.001])) is None
 
 
+@pytest.mark.full
 def test_claims_that_are_open_say_what_they_would_take(places, rows):
     for row in rows:
         if row.missing:
@@ -492,6 +495,7 @@ def other_route(records, row, rule, baseline="STL", effect=None):
     return mean, half, len(each), word
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rule", RULES)
 def test_claims_rows_are_what_the_files_say(rows, places, rule):
     records = [json.loads(json.dumps(record)) for record in places.committed]
@@ -524,6 +528,7 @@ def test_claims_rows_are_what_the_files_say(rows, places, rule):
     assert compared_rows >= 40
 
 
+@pytest.mark.full
 def test_claims_words_of_rows_are_their_weights(rows):
     both = {"DB-MTL": 1, "loss-only": -1, "gradient-only": -1, "EW": 1}
     assert said(both) == "DB-MTL - loss-only - gradient-only + EW"
@@ -623,6 +628,7 @@ def test_claims_rank_correlations_are_spearmans(share):
     assert still_to_come(record, share) == pytest.approx(np.mean(expected))
 
 
+@pytest.mark.full
 def test_claims_nash_weights_are_judged(places, monkeypatch):
     grams = gramians(places.committed)
     assert all(max(nash_errors(M)) < 1e-9 for M in grams.values()) and len(grams) in (1, 3)
@@ -682,6 +688,7 @@ def test_claims_pictures_show_every_number(rows):
         plt.close(figure)
 
 
+@pytest.mark.full
 def test_claims_table_is_the_rows(rows, places):
     table = table_rows(rows, places)
     assert [line["id"] for line in table] == [row.claim for row in rows]
