@@ -101,7 +101,7 @@ def _sample(question: Question, comparison, chosen: dict, pair: tuple, rule: str
     if comparison is None or any(arm not in chosen for arm in pair):
         return []
     first, second = (chosen[arm] for arm in pair)
-    sample = comparison.sample(minus(first, second), rule)
+    sample = comparison.sample(minus(first, second), rule, task=question.task)
     return sample.tolist() if len(sample) == len(question.seeds) else []
 
 # %% ../../nbs/11_report/32_answers.ipynb #a0a5d4c5
@@ -165,6 +165,8 @@ def answers_figure(
     pairs = findings.question.pairs
     fig, ax = plt.subplots(figsize=(7, 0.9 + 0.42 * len(pairs)))
     effect = findings.question.effect
+    task = findings.question.task
+    of_task = f"of the task {task} " if task else ""
     ax.axvspan(-effect, effect, color="0.9", zorder=0, label="smaller than what matters")
     ax.axvline(0, color="0.4", linewidth=0.8)
     colors = sns.color_palette("colorblind")
@@ -182,7 +184,7 @@ def answers_figure(
         yticks=range(len(pairs)),
         yticklabels=[_pair_in_words(pair, names) for pair in pairs],
         ylim=(len(pairs) - 0.5, -0.5),
-        xlabel="difference of $\\Delta_p$ (percent), mean and 95 % interval over fresh seeds",
+        xlabel=f"difference of $\\Delta_p$ {of_task}(percent), mean and 95 % interval over fresh seeds",
     )
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
     return fig

@@ -45,6 +45,7 @@ def question_text(question: Question) -> str:
     alone = seeds_needed(question.effect, question.deviation)
     together = seeds_needed(question.effect, question.deviation, count)
     tuning = len(question.tuning_seeds)
+    alone_in_words = f"that of the task {question.task} alone, " if question.task else ""
     runs = sum(len(arm.grid) for arm in question.arms if len(arm.grid) > 1) * tuning
     runs += len(question.arms) * len(question.seeds)
     lines = [
@@ -59,7 +60,7 @@ def question_text(question: Question) -> str:
         "",
         f"Compared on fresh seeds {_span(question.seeds)}: {pairs}.",
         "",
-        f"Delta_p is relative to {question.baseline}. "
+        f"Delta_p is {alone_in_words}relative to {question.baseline}. "
         f"Smallest effect of interest: {question.effect:g} percent. "
         f"Standard deviation of a difference over seeds, from earlier runs: "
         f"{question.deviation:g} percent. A power of 0.9 at 5 percent takes {alone} seeds for "

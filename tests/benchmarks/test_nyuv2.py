@@ -128,6 +128,7 @@ def test_nyuv2_other_scales(name):
     assert {key for key, source in sources.items() if source == "generated"} == {
         "smoke",
         "generated",
+        "rooms",
     }
     assert set(sources.values()) == {"generated", "real"}
     assert {scale.extra["augment"] for scale in benchmark.scales.values()} == {
