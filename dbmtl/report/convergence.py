@@ -81,12 +81,15 @@ def resting_point(
             if pull_of_others(minima, minimum) < 1:
                 return minimum
     point = (curvatures[:, None] * minima).sum(0) / curvatures.sum()
-    for _ in range(0 if rest == "sum" else 500):
+    for _ in range(0 if rest == "sum" else 20_000):  # slow where a minimum almost is the point
         distances = (point - minima).norm(dim=1)
         weights = 1 / distances
         if rest == "log":
             weights = curvatures / (offsets + curvatures * distances.square() / 2)
+        before = point
         point = (weights[:, None] * minima).sum(0) / weights.sum()
+        if (point - before).norm() < 1e-15:
+            break
     return point
 
 
@@ -506,16 +509,20 @@ def _halves(title):
 
 # %% ../../nbs/11_report/31_convergence.ipynb #993d0c29
 def boole_medians(
-    starts: Tensor,  # [N]
+    starts: np.ndarray,  # [N]
     checkpoints,  # steps
 ) -> list[float]:
-    "The median of the absolute value under the map y - 1/y, after some steps."
-    y = starts.double()
+    """The median of the absolute value under the map y - 1/y, after some steps.
+
+    The map is chaotic, so NumPy draws it: its differences and quotients are those of the IEEE on
+    every machine.
+    """
+    y = np.asarray(starts, dtype=float)
     medians = []
     for step in range(1, max(checkpoints) + 1):
         y = y - 1 / y
         if step in checkpoints:
-            medians.append(float(y.abs().quantile(0.5)))
+            medians.append(float(np.median(np.abs(y))))
     return medians
 
 # %% ../../nbs/11_report/31_convergence.ipynb #cb1c70ae
@@ -709,7 +716,7 @@ def show_levels(
         "starts."
     )
     checkpoints = (10, 30, 100, 300, 1000)
-    medians = boole_medians(torch.linspace(0.5, 3.0, 2001), checkpoints)
+    medians = boole_medians(np.linspace(0.5, 3.0, 2001), checkpoints)
     scaled = [math.sqrt(2) * median for median in medians]
     growth = pd.DataFrame({"step": checkpoints, "median": scaled})
     fig = levels_figure(stalling(runs.levels), bounds(), growth)

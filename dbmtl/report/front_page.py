@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['printed_corners', 'steps_in_words', 'front_rows', 'usable_differences', 'told_apart', 'counted_verdicts',
-           'small_task_curves', 'draw_small_task']
+           'small_task_curves', 'stored_small_task', 'draw_small_task']
 
 # %% ../../nbs/11_report/26_front_page.ipynb #be3d1a5e
 from collections import Counter
+from pathlib import Path
 
 import pandas as pd
 import torch
 
+from ..core.files import write_atomically
 from ..experiments.method_labels import label_of
 from ..registry import make_balancer
 from .ablation import CORNER_PAIRS, CORNERS
@@ -198,16 +200,30 @@ def _train_two_tasks(method, steps, seed) -> list[float]:
     return small
 
 
+def stored_small_task(
+    file: Path,  # CSV, written where there is none
+    fresh: bool = False,  # train again what the file holds
+) -> pd.DataFrame:  # columns method, step, mean, low, high: over seeds, of the loss
+    """The curves of a committed file, or of a training whose result becomes that file.
+
+    Two hundred steps amplify how a machine rounds, and the picture should not depend on it.
+    """
+    if fresh or not file.exists():
+        by_step = small_task_curves().groupby(["method", "step"], sort=False)["loss"]
+        curves = by_step.agg(mean="mean", low="min", high="max").reset_index()
+        write_atomically(file, curves.to_csv(index=False, float_format="%.5g").encode())
+    return pd.read_csv(file)
+
+
 def draw_small_task(
     ax,  # matplotlib axes
-    curves: pd.DataFrame,  # from `small_task_curves`
+    curves: pd.DataFrame,  # from `stored_small_task`
 ):
     "Mean over seeds and their range, on a logarithmic axis; returns `ax`."
-    for label, runs in curves.groupby("method", sort=False):
-        table = runs.pivot(index="step", columns="seed", values="loss")
+    for label, curve in curves.groupby("method", sort=False):
         color = method_color(label)
-        ax.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=color, alpha=0.2)
-        ax.plot(table.index, table.mean(axis=1), color=color, label=label)
+        ax.fill_between(curve["step"], curve["low"], curve["high"], color=color, alpha=0.2)
+        ax.plot(curve["step"], curve["mean"], color=color, label=label)
     ax.set(yscale="log", xlabel="step", title="loss of the small task")
     ax.legend(loc="lower left")
     return ax

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch.testing import assert_close
@@ -129,6 +129,7 @@ def test_without_the_logarithm_the_distance_falls_in_every_step(seed):
 
 
 @settings(max_examples=15, deadline=None)
+@example(73020166)  # the unit vectors of two tasks almost balance that of the third
 @given(SEEDS)
 def test_rest_of_the_balance_minimizes_the_sum_of_distances(seed):
     minima = torch.randn(3, 2, generator=torch.Generator().manual_seed(seed)).double()
@@ -238,7 +239,7 @@ def test_exponent_of_a_power():
 
 
 def test_boole_by_hand():
-    assert boole_medians(array(2.0), (1, 2)) == [1.5, 1.5 - 1 / 1.5]
+    assert boole_medians(np.array([2.0]), (1, 2)) == [1.5, 1.5 - 1 / 1.5]
 
 
 # ------------------------------------------------------------------------------------- the pictures
