@@ -234,7 +234,7 @@ def answers_figure(
         yticks=range(len(pairs)),
         yticklabels=[_pair_in_words(pair, names) for pair in pairs],
         ylim=(len(pairs) - 0.5, -0.5),
-        xlabel=f"difference of $\Delta_p$ {of_task}(percent), mean and 95 % interval over seeds",
+        xlabel=f"difference of $\\Delta_p$ {of_task}(percent), mean and 95 % interval over seeds",
     )
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
     return fig
@@ -336,7 +336,8 @@ def evidence_of(
         _, settings = parse_method(arms[label_of(record)])
         records.append(record | {"config": record["config"] | {"hyper": settings}})
     question = findings.question
-    return [Evidence(place, tuple(records), question.effect, question.baseline)]
+    fixed = (question.effect, question.baseline, question.task)
+    return [Evidence(place, tuple(records), *fixed)]
 
 
 EVIDENCE_PLACES = {  # question -> place in the ledger; the first that has a claim's methods counts
@@ -346,6 +347,10 @@ EVIDENCE_PLACES = {  # question -> place in the ledger; the first that has a cla
     "5b": "office31 (batches of 8)",
     "1b": "office31-sgd",
     "2b": "pacs",
+    "4": "streets",
+    "6": "nyuv2",
+    "7a": "rooms (Cross-stitch)",
+    "7b": "rooms (MTAN)",
     "8": "qm9",
 }
 

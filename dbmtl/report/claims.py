@@ -187,6 +187,10 @@ def _architectures():
             weights = minus("DB-MTL", other)
             printed = round(total(means, weights), 2)
             yield Stated("C21", f"nyuv2 ({title})", weights, printed)
+        for other in ("GLS", "EW"):
+            labels = ("DB-MTL", other)
+            weights = minus(*labels)
+            yield Stated("C21", f"rooms ({title})", weights, labels=labels, is_needed=False)
 
 
 def stated_differences() -> list[Stated]:
@@ -200,7 +204,7 @@ def stated_differences() -> list[Stated]:
                 name,
                 stl,
                 in_tables(name).get("DB-MTL"),
-                labels=("DB-MTL",),
+                labels=("DB-MTL", "STL"),
                 is_needed=is_needed,
             )
             for name, is_needed in claimed_places("C02", "streets", "pacs")
@@ -312,7 +316,7 @@ def single_tasks(
     places: Places,
 ) -> list[Row]:  # of C04 and C05
     "EW task by task on NYUv2, and who keeps the surface normals."
-    place = places("nyuv2")
+    place = places("nyuv2", ("STL", "EW", "DB-MTL"))
     paper = paper_task_gains("nyuv2")
     rows = [
         compared("C04", place, minus("EW", "STL"), round(in_print, 2), task=task)
@@ -329,6 +333,8 @@ def single_tasks(
     rows.append(
         compared("C05", place, weights, lead, whole=is_whole, task="normal", quantity=quantity)
     )
+    kept = round(normals["DB-MTL"], 2)
+    rows.append(compared("C05", place, minus("DB-MTL", "STL"), kept, task="normal"))
     of_others = {method: normals[method] for method in others}
     return [*rows, *sides_of_stl("C05", place, of_others, task="normal", below=True)]
 

@@ -39,8 +39,14 @@ PLACES = {  # place -> benchmark
     "pacs": "pacs",
     "streets": "cityscapes",
     "office31 (batches of 8)": "office31",
+    "rooms (Cross-stitch)": "nyuv2-cross-stitch",
+    "rooms (MTAN)": "nyuv2-mtan",
 }
-BY_QUESTIONS = ("office31 (batches of 8)",)  # places with records of questions alone
+BY_QUESTIONS = (  # places with records of questions alone
+    "office31 (batches of 8)",
+    "rooms (Cross-stitch)",
+    "rooms (MTAN)",
+)
 IN_PRINT = tuple(PLACES)[:6]
 STANDS_FOR = {"pacs": "officehome", "streets": "cityscapes"}
 TITLES = BENCHMARK_TITLES | {
@@ -51,6 +57,8 @@ TITLES = BENCHMARK_TITLES | {
     "office31-sgd": "Office-31 under SGD",
     "office31 (batches of 8)": "Office-31 in batches of 8",
     "rooms": "generated rooms",
+    "rooms (Cross-stitch)": "generated rooms (Cross-stitch)",
+    "rooms (MTAN)": "generated rooms (MTAN)",
     "computed": "computed",
     "-": "-",
 }
@@ -64,6 +72,7 @@ class Evidence(NamedTuple):
     records: tuple  # labelled by the method, without the rate that was chosen
     effect: float  # smallest difference that matters, in percent
     baseline: str = "STL"  # label that delta_p is relative to
+    task: str | None = None  # the one that the effect is about; None: the mean over all
 
     @property
     def labels(self) -> set:
@@ -79,6 +88,7 @@ class Place:
     records: tuple = ()
     effect: float | None = None  # smallest difference that matters, where a question fixed it
     baseline: str = "STL"
+    task: str | None = None  # the one that the effect is about; None: the mean over all
 
     @cached_property
     def comparison(self) -> Comparison:
@@ -131,7 +141,7 @@ class Places:
         for evidence in self.evidence:
             has_all = bool(wanted) and wanted <= evidence.labels
             if evidence.place == name and has_all:
-                return Place(name, evidence.records, evidence.effect, evidence.baseline)
+                return Place(name, *evidence[1:])
         return committed
 
     def _records(self, name, labels):
@@ -306,7 +316,8 @@ def compared(
     comparison = place.comparison
     is_own = is_about(claim, place.name)
     is_whole = is_own and whole
-    verdict = comparison.verdict(weights, printed or sign, is_whole, place.effect, task=task)
+    effect = place.effect if task == place.task else None
+    verdict = comparison.verdict(weights, printed or sign, is_whole, effect, task=task)
     if printed is None or not is_own:
         verdict = _without_size(verdict)
     samples = {rule: comparison.sample(weights, rule, task=task) for rule in comparison.protocols}

@@ -80,6 +80,14 @@ def _crosses(points: pd.DataFrame, tasks: list) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
+def _names_of_points(findings: Findings, fixed: list, names: dict | None) -> list[tuple]:
+    "(arm, text) along the line; arms that chose the same weights are one point."
+    texts = {}
+    for arm in fixed:
+        texts.setdefault(findings.chosen[arm], []).append((arm, (names or {}).get(arm, arm)))
+    return [(arms[0][0], " = ".join(name for _, name in arms)) for arms in texts.values()]
+
+
 def trade_offs_figure(
     findings: Findings,
     points: pd.DataFrame,  # from `trade_offs`
@@ -103,12 +111,16 @@ def trade_offs_figure(
     for arm, (color, marker) in looks.items():
         cross = crosses.loc[arm]
         half = [cross[f"{task} ±"] for task in tasks]
-        name = (names or {}).get(arm, arm)
         look = {"color": color, "marker": marker, "markersize": 5, "elinewidth": 1}
-        label = None if arm in fixed else name
+        label = None if arm in fixed else (names or {}).get(arm, arm)
         ax.errorbar(*cross[tasks], half[1], half[0], linestyle="none", label=label, **look)
-        if arm in fixed:
-            ax.annotate(name, cross[tasks], (4, 4), textcoords="offset points", fontsize=8)
+    for place, (arm, text) in enumerate(_names_of_points(findings, fixed, names), start=1):
+        disc = {"color": "0.3", "marker": "o", "markersize": 11, "linestyle": "none"}
+        ax.plot(*crosses.loc[arm, tasks], zorder=3 + place, **disc)
+        digit = {"color": "white", "fontsize": 8, "ha": "center", "va": "center"}
+        ax.annotate(str(place), crosses.loc[arm, tasks], zorder=3 + place, **digit)
+        digit_in_legend = {"marker": f"${place}$", "color": "0.3", "linestyle": "none"}
+        ax.plot([], [], label=text, markersize=6, **digit_in_legend)
     baseline = findings.question.baseline
     labels = [f"{task}: gain over {baseline} (percent)" for task in tasks]
     ax.set(xlabel=labels[0], ylabel=labels[1])
