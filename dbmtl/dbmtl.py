@@ -106,7 +106,10 @@ DBMTL.facts = Facts(
         "shrinkage": Origin("paper: none; its open question", elsewhere="-"),
     },
     differences=(
-        "LibMTL's default, beta = 0.9 constant, is the worst point of the paper's own Figure 5.",
+        (
+            r"LibMTL's default, $\beta = 0.9$ constant, is the worst point of the paper's own "
+            "Figure 5."
+        ),
         "LibMTL's average is not in its state dict, so a resumed run starts it anew.",
     ),
 )

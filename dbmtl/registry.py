@@ -73,6 +73,8 @@ _IMTL_FACTS = IMTLG.facts._replace(
             "LibMTL's published results balance features; "
             "here parameters, as the paper's QM9 results suggest."
         ),
+        "LibMTL offers the hybrid alone; its parts are `IMTL-L` and `IMTL-G` here.",
+        *IMTLG.facts.differences[1:],
     ),
 )
 

@@ -29,7 +29,7 @@ class Facts(NamedTuple):
     passes: str = "T"  # backward passes through the trunk in a step
     needs: str = ""  # what a training loop must do beside calling `backward`
     origins: dict[str, Origin] = {}  # for each hyperparameter
-    differences: tuple[str, ...] = ()  # between implementations, a sentence or two each
+    differences: tuple[str, ...] = ()  # between implementations, a sentence or two of Markdown each
 
 # %% ../../nbs/01_core/18_method_facts.ipynb #e284c420
 def hyperparameters_of(

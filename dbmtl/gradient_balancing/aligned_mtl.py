@@ -84,16 +84,17 @@ AlignedMTL.facts = Facts(
         ),
     },
     differences=(
-        'TorchJD multiplies by 1/T: reduction="mean".',
-        "LibMTL and the official code call torch.symeig, which current torch no longer has.",
+        'TorchJD multiplies by $1/T$: `reduction="mean"`.',
+        "LibMTL and the official code call `torch.symeig`, which current torch no longer has.",
         (
-            "Rank 0: LibMTL fails, TorchJD gives weights 1/T; here weights one (mean: "
-            "1/T), the direction is zero either way."
+            "Rank 0: LibMTL fails, TorchJD gives weights $1/T$; here weights one (mean: $1/T$), "
+            "the direction is zero either way."
         ),
         (
-            "The rank tolerance is T rtol max(Lam) with float32's rounding unit, whatever "
-            "the losses' type: an orthogonal gradient below sqrt(T 1.2e-7) of the longest "
-            "(5e-4 for two tasks, 1.15e-3 for eleven) is dropped, as in LibMTL; rtol changes it."
+            r"The rank tolerance is $T \epsilon \max_i \lambda_i$ ($\epsilon$: `rtol`) with "
+            "float32's rounding unit, whatever the losses' type: an orthogonal gradient below "
+            r"$\sqrt{1.2 \cdot 10^{-7} T}$ of the longest (0.0005 for two tasks, 0.00115 for "
+            "eleven) is dropped, as in LibMTL; `rtol` changes it."
         ),
     ),
 )

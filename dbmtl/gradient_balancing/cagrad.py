@@ -75,17 +75,17 @@ CAGrad.facts = Facts(
     },
     differences=(
         (
-            "nash-mtl multiplies the direction by T to match the sum of the losses "
+            "nash-mtl multiplies the direction by $T$ to match the sum of the losses "
             "(`times_tasks=True`)."
         ),
         (
-            "TorchJD does not divide by 1 + c^2 (`rescale=0`) and returns zero near "
-            "Pareto stationarity; here, where no direction of the ball helps every task, "
-            "the nearest to g_0 that harms none."
+            "TorchJD does not divide by $1 + c^2$ (`rescale=0`) and returns zero near Pareto "
+            "stationarity; here, where no direction of the ball helps every task, the nearest to "
+            "$g_0$ that harms none."
         ),
         (
-            "LibMTL and nash-mtl solve by SLSQP (LibMTL's direction deviates by about "
-            "1e-4), TorchJD by Clarabel; here exactly."
+            "LibMTL and nash-mtl solve by SLSQP (LibMTL's direction deviates by about $10^{-4}$), "
+            "TorchJD by Clarabel; here exactly."
         ),
     ),
 )

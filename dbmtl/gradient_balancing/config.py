@@ -66,6 +66,6 @@ ConFIG.facts = Facts(
     differences=(
         "Zero rows: weight 0 (TorchJD: NaN replaced by zero, the same direction).",
         "The version with momentum (M-ConFIG) and other weights or lengths are not here.",
-        "Opposite gradients: x = 0 and so is the direction.",
+        "Opposite gradients: $x = 0$ and so is the direction.",
     ),
 )

@@ -99,12 +99,12 @@ ExcessMTL.facts = Facts(
     },
     differences=(
         (
-            "LibMTL and the authors' code divide by a first excess of zero; here the "
-            "first positive excess is the unit, and a task counts as 1 until then."
+            "LibMTL and the authors' code divide by a first excess of zero; here the first "
+            "positive excess is the unit, and a task counts as 1 until then."
         ),
-        "TorchJD's weights sum to 1, LibMTL's and ours to T; TorchJD adds 1e-7 to the unit.",
+        "TorchJD's weights sum to 1, LibMTL's and ours to $T$; TorchJD adds $10^{-7}$ to the unit.",
         (
-            "The accumulator is the root of the sum of squares (hypot), which does not "
+            "The accumulator is the root of the sum of squares (`hypot`), which does not "
             "overflow; equal up to rounding."
         ),
     ),

@@ -52,17 +52,17 @@ FairGrad.facts = Facts(
     },
     differences=(
         (
-            "The authors overwrite the shared gradients only (`weights_heads=False`) and "
-            "shorten to norm 1 (`max_norm=1.0`); LibMTL does neither."
+            "The authors overwrite the shared gradients only (`weights_heads=False`) and shorten "
+            "to norm 1 (`max_norm=1.0`); LibMTL does neither."
         ),
-        "Others use SciPy's least squares from 1/T; here the equation is solved exactly.",
+        "Others use SciPy's least squares from $1/T$; here the equation is solved exactly.",
         (
-            "alpha = 0 gives weights 1/T in TorchJD and 1 here; the limit of alpha to 0 "
-            "is not that where the sum would harm a task."
+            r"$\alpha = 0$ gives weights $1/T$ in TorchJD and 1 here; the limit $\alpha \to 0$ is "
+            "not that where the sum would harm a task."
         ),
         (
-            "Without max_norm and with alpha > 1 the direction's length grows without "
-            "limit near Pareto-stationary points."
+            r"Without `max_norm` and with $\alpha > 1$ the direction's length grows without limit "
+            "near Pareto-stationary points."
         ),
         "A task with zero gradient is left out; its head gets the mean of the other weights.",
     ),

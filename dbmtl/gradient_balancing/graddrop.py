@@ -174,13 +174,13 @@ GradDrop.facts = Facts(
     differences=(
         (
             "Acts on parameter gradients, as in the codes of CAGrad, FAMO, Samsung and in "
-            "TorchJD; published on features: GradDropFeatures."
+            "TorchJD; published on features: `GradDropFeatures`."
         ),
-        "0/0 keeps nothing, as in TorchJD; LibMTL's eps: eps=1e-7.",
+        "$0/0$ keeps nothing, as in TorchJD; LibMTL's `eps`: `eps=1e-7`.",
         "TorchJD allows any function of the purity; here the identity.",
         (
-            "The paper keeps negative entries where P < U; here where P <= U, so that "
-            "entries on which all tasks agree are kept for U = 0 too."
+            r"The paper keeps negative entries where $P < U$; here where $P \le U$, so that "
+            "entries on which all tasks agree are kept for $U = 0$ too."
         ),
     ),
 )
@@ -203,13 +203,13 @@ GradDropFeatures.facts = Facts(
     differences=(
         "The paper's GradDrop row was made with LibMTL, so it is this method.",
         (
-            "LibMTL's eps makes purities of cotangents near 1e-7 uncertain even where "
-            "tasks agree: eps=0."
+            "LibMTL's `eps` makes purities of cotangents near $10^{-7}$ uncertain even where "
+            "tasks agree: `eps=0`."
         ),
-        "All tasks need features of one shape (several inputs: equal batches), else ValueError.",
+        "All tasks need features of one shape (several inputs: equal batches), else `ValueError`.",
         (
-            "The paper keeps negative entries where P < U; here where P <= U, so that "
-            "entries on which all tasks agree are kept for U = 0 too."
+            r"The paper keeps negative entries where $P < U$; here where $P \le U$, so that "
+            "entries on which all tasks agree are kept for $U = 0$ too."
         ),
     ),
 )

@@ -163,25 +163,25 @@ GradNorm.facts = Facts(
     },
     differences=(
         (
-            "The original rescales free weights to the sum T after each update; LibMTL "
-            "and we take T softmax(p)."
+            "The original rescales free weights to the sum $T$ after each update; LibMTL and we "
+            r"take $T \cdot \mathrm{softmax}(p)$."
         ),
         (
-            "LibMTL trains with equal weights in epoch 0 and takes its mean losses as "
-            'l(0), the original takes the losses of the first step: initial="first".'
+            r"LibMTL trains with equal weights in epoch 0 and takes its mean losses as $\ell(0)$, "
+            'the original takes the losses of the first step: `initial="first"`.'
         ),
         (
-            "The original measures norms on the last shared layer, LibMTL and we on all "
-            "shared parameters."
+            "The original measures norms on the last shared layer, LibMTL and we on all shared "
+            "parameters."
         ),
-        "The text weights the heads too, LibMTL does not: weights_heads=True.",
+        "The text weights the heads too, LibMTL does not: `weights_heads=True`.",
         (
-            "LibMTL keeps the scores in the model's optimizer (learning rate 1e-4, weight "
-            "decay 1e-5); here the user's optimizer holds them."
+            "LibMTL keeps the scores in the model's optimizer (learning rate $10^{-4}$, weight "
+            "decay $10^{-5}$); here the user's optimizer holds them."
         ),
         (
-            "In epoch 0 the scores get a gradient of zero here and none in LibMTL: under "
-            "Adam the first steps after it are a few times longer here."
+            "In epoch 0 the scores get a gradient of zero here and none in LibMTL: under Adam the "
+            "first steps after it are a few times longer here."
         ),
     ),
 )

@@ -192,27 +192,27 @@ GradVac.facts = Facts(
     },
     differences=(
         (
-            "LibMTL before February 2024 and Samsung's code average a cosine only where "
-            'the correction fires: update="below".'
+            "LibMTL before February 2024 and Samsung's code average a cosine only where the "
+            'correction fires: `update="below"`.'
         ),
         (
-            "A cosine beyond 1 by rounding gives NaN in LibMTL; TorchJD and here it is "
-            "cut to [-1, 1]."
+            "A cosine beyond 1 by rounding gives NaN in LibMTL; TorchJD and here it is cut to "
+            "$[-1, 1]$."
         ),
         (
-            "A zero gradient (or one that has cancelled to rounding) teaches no cosine "
-            "here; TorchJD averages a cosine of 0."
+            "A zero gradient (or one that has cancelled to rounding) teaches no cosine here; "
+            "TorchJD averages a cosine of 0."
         ),
         (
-            "The correction grows without bound as the usual cosine nears 1 (LibMTL: "
-            "until eps stops it). Here the usual cosine counts as at most 1 - 1e-5, so "
-            "float32 rounding between duplicate tasks sets off nothing and no amount "
-            "exceeds 224 times the ratio of the lengths."
+            "The correction grows without bound as the usual cosine nears 1 (LibMTL: until `eps` "
+            "stops it). Here the usual cosine counts as at most $1 - 10^{-5}$, so float32 "
+            "rounding between duplicate tasks sets off nothing and no amount exceeds 224 times "
+            "the ratio of the lengths."
         ),
         (
-            "LibMTL's eps below the cosine makes short gradients look as if they "
-            "disagreed (equal ones of length 0.01 by 1e-4) and corrects them; here eps "
-            "enters the amount and the average, not the question whether to correct."
+            "LibMTL's `eps` below the cosine makes short gradients look as if they disagreed "
+            "(equal ones of length 0.01 by $10^{-4}$) and corrects them; here `eps` enters the "
+            "amount and the average, not the question whether to correct."
         ),
     ),
 )

@@ -70,15 +70,14 @@ IMTLG.facts = Facts(
     differences=(
         "The original acts on feature gradients, LibMTL on both, here on parameter gradients.",
         (
-            "Singular cases: the inverse fails in the original and LibMTL, Nash-MTL's "
-            "code adds 1e-8 I, TorchJD takes M^+ n (for opposite gradients of unequal "
-            "length its projections are not equal); here the limit of a vanishing ridge "
-            "on the cosines."
+            "Singular cases: the inverse fails in the original and LibMTL, Nash-MTL's code adds "
+            "$10^{-8} I$, TorchJD takes $M^+ n$ (for opposite gradients of unequal length its "
+            "projections are not equal); here the limit of a vanishing ridge on the cosines."
         ),
         "A zero gradient gives NaN in the original; here weight 0.",
         (
-            "Where the sum of the coefficients vanishes there is no solution: zero "
-            "weights, as TorchJD (there below 1e-12 absolute, here relative)."
+            "Where the sum of the coefficients vanishes there is no solution: zero weights, as "
+            "TorchJD (there below $10^{-12}$ absolute, here relative)."
         ),
     ),
 )

@@ -73,12 +73,12 @@ MetaBalance.facts = Facts(
     },
     differences=(
         (
-            "A task without any gradient in a tensor (n_t = 0) gives infinity or NaN in "
-            "circulation; here its weight there is 1 - r."
+            "A task without any gradient in a tensor ($n_t = 0$) gives infinity or NaN in "
+            "circulation; here its weight there is $1 - r$."
         ),
         (
-            "The published code stops at the first parameter without a gradient; here "
-            "such a parameter is left out by itself."
+            "The published code stops at the first parameter without a gradient; here such a "
+            "parameter is left out by itself."
         ),
         "Not in LibMTL.",
     ),

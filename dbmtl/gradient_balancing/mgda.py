@@ -95,17 +95,17 @@ MGDA.facts = Facts(
     },
     differences=(
         (
-            "LibMTL and nash-mtl stop Frank-Wolfe after 250 steps (tolerance 1e-5), "
-            "TorchJD after 100 (1e-3), and LibMTL's solution for two tasks is never "
-            "exactly 0 or 1; here the minimum is exact, so its norm is never larger."
+            "LibMTL and nash-mtl stop Frank-Wolfe after 250 steps (tolerance $10^{-5}$), TorchJD "
+            "after 100 ($10^{-3}$), and LibMTL's solution for two tasks is never exactly 0 or 1; "
+            "here the minimum is exact, so its norm is never larger."
         ),
         (
             "The authors' code multiplies the raw losses by the weights (`raw=True, "
             "weights_heads=True`), LibMTL the normalized gradients."
         ),
         (
-            "nash-mtl multiplies the weights by T and weights the heads "
-            "(`times_tasks=True, weights_heads=True`)."
+            "nash-mtl multiplies the weights by $T$ and weights the heads (`times_tasks=True, "
+            "weights_heads=True`)."
         ),
         "LibMTL raises for one task; here its weight is 1.",
         "A task with zero gradient stops the step, under every normalization.",
@@ -117,5 +117,5 @@ MGDA_UB_FACTS = MGDA.facts._replace(
     venue="Sener and Koltun, NeurIPS 2018",
     passes="1 (and T through the heads)",
     needs="features=z",
-    differences=("The upper bound of MGDA: LibMTL calls it rep_grad.",),
+    differences=("The upper bound of MGDA: LibMTL calls it `rep_grad`.",),
 )

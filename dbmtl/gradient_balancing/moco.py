@@ -200,21 +200,21 @@ MoCo.facts = Facts(
         "eps": Origin("LibMTL", original="no such guard", elsewhere="not known"),
     },
     differences=(
-        "b is the weight of the new gradient, DB-MTL's beta that of the old one.",
+        r"$b$ is the weight of the new gradient, DB-MTL's $\beta$ that of the old one.",
         (
-            "The original tracks raw gradients, LibMTL gives each the length of its raw "
-            "loss: normalize=False is the original."
+            "The original tracks raw gradients, LibMTL gives each the length of its raw loss: "
+            "`normalize=False` is the original."
         ),
         (
-            "The original projects lambda onto the simplex, LibMTL takes a softmax: "
-            "projection='simplex' is the original. With a fading c the softmax tends to "
-            "equal weights whatever the gradients."
+            r"The original projects $\lambda$ onto the simplex, LibMTL takes a softmax: "
+            '`projection="simplex"` is the original. With a fading $c$ the softmax tends to equal '
+            "weights whatever the gradients."
         ),
-        "With normalize=True the shared direction does not change under +log (up to eps).",
+        "With `normalize=True` the shared direction does not change under `+log` (up to `eps`).",
         (
-            "With normalize=True a negative loss is refused (LibMTL's formula would turn "
-            "its gradient around); a step whose inner products are not finite is refused, "
-            "and changes nothing."
+            "With `normalize=True` a negative loss is refused (LibMTL's formula would turn its "
+            "gradient around); a step whose inner products are not finite is refused, and changes "
+            "nothing."
         ),
     ),
 )

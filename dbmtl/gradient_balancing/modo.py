@@ -72,8 +72,8 @@ MoDo.facts = Facts(
     },
     differences=(
         (
-            "gamma has the unit of one over a squared gradient: the method is not "
-            "invariant to the scale of the losses."
+            r"$\gamma$ has the unit of one over a squared gradient: the method is not invariant to "
+            "the scale of the losses."
         ),
     ),
 )

@@ -248,24 +248,24 @@ MTAdam.facts = Facts(
     },
     differences=(
         (
-            "A gradient that is not finite, of trunk or head, makes the whole update NaN "
-            "and leaves the state as it was; the first step after loading a state must "
-            "reach all its heads."
+            "A gradient that is not finite, of trunk or head, makes the whole update NaN and "
+            "leaves the state as it was; the first step after loading a state must reach all its "
+            "heads."
         ),
         (
-            "It replaces the optimizer in circulation; here it writes the finished "
-            "direction, and SGD's learning rate is MTAdam's."
+            "It replaces the optimizer in circulation; here it writes the finished direction, and "
+            "SGD's learning rate is MTAdam's."
         ),
         (
-            "Weight decay is added to each task's gradient in circulation; here it is "
-            "SGD's, hence decoupled."
+            "Weight decay is added to each task's gradient in circulation; here it is SGD's, "
+            "hence decoupled."
         ),
         (
-            "Head parameters get zero gradients from other tasks in circulation; here "
-            "those tasks have no part in them and no memory."
+            "Head parameters get zero gradients from other tasks in circulation; here those tasks "
+            "have no part in them and no memory."
         ),
         "Rank weights (all 1 by default) are not offered.",
-        "The anchor is the first task with a norm above 1e-10, so the order of tasks matters.",
+        "The anchor is the first task with a norm above $10^{-10}$, so the order of tasks matters.",
         "Not in LibMTL.",
     ),
 )

@@ -62,21 +62,21 @@ NashMTL.facts = Facts(
     },
     differences=(
         (
-            "All others approximate by at most 20 convex problems; here the equation is "
-            "solved exactly, and the iteration is not offered."
+            "All others approximate by at most 20 convex problems; here the equation is solved "
+            "exactly, and the iteration is not offered."
         ),
         (
-            "Others fall back on the previous weights when the solver fails, silently; "
-            "with cvxpy from 1.6 and without ECOS that is every step. Here it raises."
+            "Others fall back on the previous weights when the solver fails, silently; with cvxpy "
+            "from 1.6 and without ECOS that is every step. Here it raises."
         ),
         (
-            "M is divided by its Frobenius norm in nash-mtl and LibMTL, but the "
-            "constraint carries the factor: LibMTL's weights satisfy M a = 1/a as here."
+            "$M$ is divided by its Frobenius norm in nash-mtl and LibMTL, but the constraint "
+            r"carries the factor: LibMTL's weights satisfy $M\alpha = 1/\alpha$ as here."
         ),
-        "LibMTL and nash-mtl take one pass more than T.",
+        "LibMTL and nash-mtl take one pass more than $T$.",
         (
-            "A task with zero gradient is left out of the bargain; its head gets the mean "
-            "of the other weights."
+            "A task with zero gradient is left out of the bargain; its head gets the mean of the "
+            "other weights."
         ),
     ),
 )

@@ -95,16 +95,16 @@ PCGrad.facts = Facts(
     },
     differences=(
         (
-            "LibMTL and Nash-MTL's code visit j = i too, the paper and TorchJD do not: "
-            "itself (no difference for two tasks; from three on g_i'.g_i can be negative)."
+            "LibMTL and Nash-MTL's code visit $j = i$ too, the paper and TorchJD do not: `itself` "
+            r"(no difference for two tasks; from three on $g_i' \cdot g_i$ can be negative)."
         ),
         (
-            "LibMTL adds 1e-8 to the squared norm that divides: eps (off a gradient of "
-            "length 1e-4 half of the projection is made, off one of 1e-5 a hundredth)."
+            "LibMTL adds $10^{-8}$ to the squared norm that divides: `eps` (off a gradient of "
+            "length $10^{-4}$ half of the projection is made, off one of $10^{-5}$ a hundredth)."
         ),
         (
-            "Random orders come from another generator in every implementation: with "
-            "three tasks or more single steps differ, distributions agree."
+            "Random orders come from another generator in every implementation: with three tasks "
+            "or more single steps differ, distributions agree."
         ),
     ),
 )

@@ -116,15 +116,15 @@ SDMGrad.facts = Facts(
     },
     differences=(
         (
-            "LibMTL applies the weights to the first of three batches and takes C from "
-            "the other two; here they go to the third: the same in distribution."
+            "LibMTL applies the weights to the first of three batches and takes $C$ from the "
+            "other two; here they go to the third: the same in distribution."
         ),
-        "C is not symmetric: rows belong to the first batch.",
+        "$C$ is not symmetric: rows belong to the first batch.",
         (
-            "Heads get the sum of the three batches' gradients (LibMTL); heads='mean' or "
-            "'last' are options."
+            'Heads get the sum of the three batches\' gradients (LibMTL); `heads="mean"` and '
+            '`heads="last"` are options.'
         ),
-        "LibMTL calls numpy.alltrue, which NumPy 2 no longer has.",
-        "The 20 steps of length 5 need not reach the optimum; lr is an option.",
+        "LibMTL calls `numpy.alltrue`, which NumPy 2 no longer has.",
+        "The 20 steps of length 5 need not reach the optimum; `lr` is an option.",
     ),
 )

@@ -60,9 +60,9 @@ UPGrad.facts = Facts(
     },
     differences=(
         (
-            "LibMTL and TorchJD add 1e-4 of the trace to the Gramian's diagonal "
-            "(`reg_eps=1e-4` gives TorchJD's numbers), which admits small conflicts; here "
-            "the projection is exact."
+            "LibMTL and TorchJD add $10^{-4}$ of the trace to the Gramian's diagonal "
+            "(`reg_eps=1e-4` gives TorchJD's numbers), which admits small conflicts; here the "
+            "projection is exact."
         ),
     ),
 )

@@ -105,13 +105,13 @@ DWA.facts = Facts(
     },
     differences=(
         (
-            "nash-mtl divides the mean of the newer 25 of the last 50 losses by that of "
-            "the older ones, in each step, and takes the mean for the sum: `window=25, "
-            "total=1.0` is the block version of it."
+            "nash-mtl divides the mean of the newer 25 of the last 50 losses by that of the older "
+            "ones, in each step, and takes the mean for the sum: `window=25, total=1.0` is the "
+            "block version of it."
         ),
         (
-            "A mean loss of zero gives NaN elsewhere; here 0/0 = 1, and x/0 gives that "
-            "task all the weight."
+            "A mean loss of zero gives NaN elsewhere; here $0/0 = 1$, and $x/0$ gives that task "
+            "all the weight."
         ),
     ),
 )

@@ -41,10 +41,10 @@ GLS.facts = Facts(
     passes="1",
     differences=(
         (
-            "LibMTL forms the product in float32, which underflows (eleven losses of 1e-4 "
-            "are 1e-44; a little less gives NaN gradients); here the mean of logarithms "
-            "in float64, the same function."
+            "LibMTL forms the product in float32, which underflows (eleven losses of $10^{-4}$ "
+            "have the product $10^{-44}$; a little less gives NaN gradients); here the mean of "
+            "logarithms in float64, the same function."
         ),
-        "The direction is that of the log-sum, the step is shorter by the geometric mean over T.",
+        "The direction is that of the log-sum, the step is shorter by the geometric mean over $T$.",
     ),
 )

@@ -460,23 +460,23 @@ IGBv2.facts = Facts(
     },
     differences=(
         (
-            "The logarithm is part of the method: `+log` would be a logarithm of weighted "
-            "log losses and has no meaning."
+            "The logarithm is part of the method: `+log` would be a logarithm of weighted log "
+            "losses and has no meaning."
         ),
         (
-            "The authors' code takes the softmax of the unbounded Gaussian u and keeps "
-            "the density of tanh u, and so do we; bounded=True takes tanh u in both, as "
-            "SAC has it, so that weights differ by a factor e^2 at most."
+            "The authors' code takes the softmax of the unbounded Gaussian $u$ and keeps the "
+            r"density of $\tanh u$, and so do we; `bounded=True` takes $\tanh u$ in both, as SAC "
+            "has it, so that weights differ by a factor $e^2$ at most."
         ),
         (
-            "The authors' code learns before it chooses the weights of every 50th step, "
-            "here after that step."
+            "The authors' code learns before it chooses the weights of every 50th step, here "
+            "after that step."
         ),
         (
-            "The factor lr_0/lr of the reward needs the optimizer's learning rate: the "
-            "user sets balancer.transform.lr_ratio; it is 1 otherwise."
+            r"The factor $\eta_0/\eta$ of the reward needs the optimizer's learning rate: the user "
+            "sets `balancer.transform.lr_ratio`; it is 1 otherwise."
         ),
-        "IGBv1, w = T softmax(l/b), is not built.",
+        r"IGBv1, $w = T \cdot \mathrm{softmax}(\ell/b)$, is not built.",
         "LibMTL does not have the method; defaults are those of the authors' code.",
     ),
 )

@@ -50,11 +50,11 @@ IMTLL.facts = Facts(
     passes="1",
     needs="scales in the optimizer",
     differences=(
-        "UW is the same objective up to a factor 2 and the sign of s.",
+        "UW is the same objective up to a factor 2 and the sign of $s$.",
         "LibMTL has it only inside the hybrid IMTL.",
         (
-            "The scales follow the optimizer's learning rate, so they lag where losses "
-            "change fast; the log transform is their limit (Proposition 3.1)."
+            "The scales follow the optimizer's learning rate, so they lag where losses change "
+            "fast; the log transform is their limit (Proposition 3.1)."
         ),
     ),
 )

@@ -69,6 +69,9 @@ RLW.facts = Facts(
         "total": Origin("LibMTL", elsewhere='"T" in IGB\'s code; 1 in nash-mtl and TorchJD'),
     },
     differences=(
-        ('The weights sum to 1 in LibMTL, nash-mtl and TorchJD, to T in IGB\'s code: `total="T"`.'),
+        (
+            "The weights sum to 1 in LibMTL, nash-mtl and TorchJD, to $T$ in IGB's code: "
+            '`total="T"`.'
+        ),
     ),
 )

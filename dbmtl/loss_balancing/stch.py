@@ -109,16 +109,16 @@ STCH.facts = Facts(
     },
     differences=(
         (
-            "LibMTL subtracts the largest x_t and does not add it back: another value, "
-            "the same gradient. Here it is added back."
+            "LibMTL subtracts the largest $x_t$ and does not add it back: another value, the same "
+            "gradient. Here it is added back."
         ),
         (
-            "LibMTL has log(l / nadir + eps), undefined where a nadir is zero; here "
-            "log((l + eps) / (nadir + eps)), the same for losses that are not tiny."
+            r"LibMTL has $\log(\ell/n + \epsilon)$, undefined where a nadir $n$ is zero; here "
+            r"$\log\frac{\ell + \epsilon}{n + \epsilon}$, the same for losses that are not tiny."
         ),
         (
-            "TorchJD's STCH smooths the maximum of any values, without logarithm, nadir "
-            "and the factor T: not covered."
+            "TorchJD's STCH smooths the maximum of any values, without logarithm, nadir and the "
+            "factor $T$: not covered."
         ),
     ),
 )

@@ -72,13 +72,13 @@ UW.facts = Facts(
     },
     differences=(
         (
-            "LibMTL learns s with the model's optimizer, nash-mtl in a parameter group of "
-            "its own (rate 0.025): the user's optimizer decides."
+            "LibMTL learns $s$ with the model's optimizer, nash-mtl in a parameter group of its "
+            "own (rate 0.025): the user's optimizer decides."
         ),
         (
-            "SamsungLabs drops the 1/2 of the first term: `half=False`; classification "
-            "tasks by `half=(True, False, ...)`."
+            "SamsungLabs drops the $1/2$ of the first term: `half=False`; classification tasks by "
+            "`half=(True, False, ...)`."
         ),
-        "The same objective as IMTL-L up to the factor 1/2 and the sign of s.",
+        "The same objective as IMTL-L up to the factor $1/2$ and the sign of $s$.",
     ),
 )

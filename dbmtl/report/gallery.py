@@ -170,6 +170,7 @@ def entry(
     tightness: int = 0,  # which of `PACKING`
 ) -> dict:
     "What the template shows of a card; finished ones are drawn again, others ask for their runs."
+    card = card | {"caption": card["caption"].replace("$\\Delta_p$", "Δp")}  # no MathJax here
     stem = card["stem"]
     state = state_of(card)
     part = Path(folder, card["folder"])

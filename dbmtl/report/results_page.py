@@ -33,7 +33,7 @@ from dbmtl.report.plots import (
     panel_grid,
     tidy_log,
 )
-from .runs import describe_runs, lost_runs, records_to_draw
+from .runs import describe_runs, lost_runs, records_to_draw, runs_in_brief
 from .style import PAGE, printed_name
 from .tables import markdown_table, number
 
@@ -93,6 +93,22 @@ class Page:
     def scale(self) -> str:
         "Of the records shown; 'not run' without any."
         return self.comparison.scale
+
+    @property
+    def brief(self) -> str:
+        "`about` for a caption: data, steps, device and seeds, without the sizes of the training."
+        if not self.records:
+            return self.about
+        notes = {record.get("data", {}).get("note", "") for record in self.records} - {""}
+        data = f"{', '.join(sorted(notes))}; " if notes else ""
+        name = self.records[0]["config"]["benchmark"]
+        short = f"{name} at {self.scale} scale; {data}{runs_in_brief(self.records)}"
+        return self.about.replace(describe_runs(self.records), short)
+
+    @property
+    def remarks(self) -> list:
+        "What the reader must know about the runs, in sentences."
+        return _remarks(self.records, self.printed)
 
     @property
     def tasks(self) -> list:
@@ -157,14 +173,20 @@ def _in_order(records, methods) -> list:
 def _about(benchmark, records, paper) -> str:
     if not records:
         return f"Ours: {benchmark.name} was not run."
-    text = f"Ours: {describe_runs(records)}."
+    return " ".join([f"Ours: {describe_runs(records)}.", *_remarks(records, paper)])
+
+
+def _remarks(records, paper) -> list:
+    if not records:
+        return []
+    remarks = []
     if not paper:
-        text += NOT_IN_THE_PAPER
+        remarks = [NOT_IN_THE_PAPER.strip()]
     elif records[0]["config"]["scale"]["name"] != "paper":
-        text += " Early training: order and signs can be compared with the paper, sizes cannot."
+        remarks = ["Early training: order and signs can be compared with the paper, sizes cannot."]
     notes = sorted({note for record in records for note in record.get("notes", [])})
     sentences = lost_runs(records) + (notes if len(notes) < 4 else [])
-    return text + "".join(f" {sentence}." for sentence in sentences)
+    return remarks + [f"{sentence}." for sentence in sentences]
 
 # %% ../../nbs/11_report/08_results_page.ipynb #902ab4de
 def metric_columns(
@@ -264,20 +286,16 @@ def show_table(
     beside: dict | None = None,  # {column: {method: text}} of printed rows
 ) -> None:
     "The table, shown and stored."
-    printed = ", and the printed deviation over three runs in the paper's" if page.printed else ""
-    sentences = [
-        title,
-        f"± is the half width of Student's 95 % interval over seeds in our rows{printed}.",
-        "delta_p in percent, higher is better, over the STL run of the same seed; a method has "
-        "none where one of its runs, or of STL's, is not 5 % better than a constant prediction "
-        "(first row) in some task.",
-        "The worst task is the one with the lowest improvement over STL; the mean rank is among "
-        "our rows that trained every task, STL aside.",
-        f"Metrics, worst task and rank: {_epochs_in_words(page)}.",
-        page.about,
-    ]
+    printed = " (in the paper's rows the deviation over three runs)" if page.printed else ""
+    protocol = (
+        f"± is the half width of Student's 95 % interval over seeds{printed}; $\\Delta_p$ is the "
+        "improvement over the STL run of the same seed, in percent, with none where a run is not "
+        "5 % better than a constant prediction (first row) in some task; metrics, worst task and "
+        "mean rank (of our rows that trained every task) are those of the "
+        f"{_epochs_in_words(page)}."
+    )
     rows = [_with_notes(row, beside or {}) for row in result_rows(page)]
-    caption = " ".join(sentences)
+    caption = f"{title} {protocol} {page.brief}"
     page.artifacts.table(stem, rows, caption)
     display(Markdown(markdown_table(rows, caption)))
 
@@ -394,8 +412,8 @@ def show_gains(
     caption = (
         f"{title}: improvement over single-task learning on average (left) and task by task. "
         "Dots are means over seeds, small dots are seeds, lines Student's 95 % interval, an "
-        "arrow where it leaves the picture. Single tasks are factors on one logarithmic axis"
-        f"{_printed_in_words(page)}. {page.about}"
+        "arrow where it leaves the picture; single tasks are factors on one logarithmic axis"
+        f"{_printed_in_words(page)}. {page.brief}"
     )
     page.artifacts.figure(stem, gains_figure(page, labels), caption, gain_rows(page, labels))
     plt.show()
@@ -506,7 +524,7 @@ def show_training(
     caption = (
         f"{title}: training loss of every task, averaged over each epoch, on a logarithmic axis of "
         "its own. Line: mean over seeds, band: their range. STL trains one network a task. "
-        + page.about
+        + page.brief
     )
     labels = list(labels or _few_labels(page))
     frame = curve_frame(page.records, "train", page.tasks, labels)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'PROTOCOLS', 'SCALES_BEST_FIRST', 'load_runs', 'check_comparable', 'current_records', 'records_to_draw',
-           'describe_runs', 'span', 'lost_runs', 'invented_run', 'invented_runs']
+           'describe_runs', 'runs_in_brief', 'span', 'lost_runs', 'invented_run', 'invented_runs']
 
 # %% ../../nbs/11_report/04_runs.ipynb #9d585575
 from pathlib import Path
@@ -200,6 +200,20 @@ def describe_runs(records: list[dict]) -> str:
         _age_in_words(records),
     ]
     return "; ".join(part for part in parts if part)
+
+
+def runs_in_brief(records: list[dict]) -> str:
+    "Steps, device, seeds and what is unusual about some runs, in the few words of a caption."
+    multi_task = [record for record in records if record["config"]["method"] != "STL"]
+    steps = span([record["steps"] for record in multi_task or records])
+    devices = " and ".join(sorted({record.get("device", "no device") for record in records}))
+    parts = [
+        f"{steps} steps on {devices}",
+        _seeds_in_words(records),
+        ", ".join(sorted({protocol_note(record) for record in records} - {""})),
+        _age_in_words(records),
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def span(values) -> str:

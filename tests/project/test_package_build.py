@@ -11,10 +11,12 @@ import tarfile
 import tomllib
 import venv
 import zipfile
+from email import message_from_bytes
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 import dbmtl
@@ -115,7 +117,7 @@ def files_of_the_package():
 def archives(tmp_path_factory):
     """Wheel and source archive, built from a copy: setuptools leaves and reads build/ there."""
     tree = tmp_path_factory.mktemp("tree")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, tree)
     shutil.copytree(ROOT / "dbmtl", tree / "dbmtl", ignore=shutil.ignore_patterns("__pycache__"))
     out = tmp_path_factory.mktemp("archives")
@@ -155,7 +157,25 @@ def test_package_source_archive_holds_every_module_and_asset(archives):
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert files_of_the_package() <= names
-    assert {"LICENSE", "NOTICE", "README.md", "pyproject.toml"} <= names
+    assert {"LICENSE", "NOTICE", "README.md", "pyproject.toml", "setup.py"} <= names
+
+
+def test_package_description_links_and_pictures_are_addresses_of_files(wheel):
+    """PyPI shows README.md by itself, beside no other file."""
+    (name,) = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("/METADATA")]
+    metadata = message_from_bytes(zipfile.ZipFile(wheel).read(name))
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    text = metadata.get_payload(decode=True).decode("utf-8")
+    repository = PROJECT["urls"]["Repository"]
+    assert f"![Losses of a small task; DB-MTL minus equal weighting]({repository}/raw/main/" in text
+    targets = re.findall(r"\]\(([^)]+)\)|(?:src|href)=\"([^\"]+)", text)
+    targets = [markdown or html for markdown, html in targets]
+    assert [target for target in targets if not target.startswith(("https://", "#"))] == []
+    ours = [target for target in targets if target.startswith(repository)]
+    below = [target.removeprefix(repository).split("/main/")[1] for target in ours]
+    assert [path for path in below if not (ROOT / path.partition("#")[0]).exists()] == []
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(targets) == len(re.findall(r"\]\(", readme))
 
 
 def test_package_wheel_imports_in_a_bare_environment(bare):
@@ -222,6 +242,22 @@ def test_package_settings_and_version_agree():
     assert settings["requirements"].split() == PROJECT["dependencies"]
     assert settings["update_pyproject"] == "False"
     assert settings["allowed_cell_metadata_keys"] == "tags"
+
+
+def test_package_citation_of_the_paper_is_whole_and_is_the_readme_s():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    paper = citation["preferred-citation"]
+    assert {"type", "title", "authors", "journal", "year", "url"} <= set(paper)
+    assert paper["year"] == 2023 and len(paper["authors"]) == 9
+    assert paper["status"] == "in-press"  # a value of the format; the paper is accepted
+    first = paper["authors"][0]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (
+        f"{first['given-names'][0]}. {first['family-names']} et al., *{paper['title']}*, "
+        f"arXiv {paper['url'].rpartition('/')[2]}, {paper['year']} "
+        f"(accepted by {paper['journal']})"
+    ) in readme
 
 
 def changelog_sections():

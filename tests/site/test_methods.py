@@ -3,6 +3,7 @@
 import ast
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,17 @@ def test_facts_are_complete(name):
     assert all(row["source"] and row["original"] for row in facts["hyper"])
     listed = [note for method, note in rows("differences") if method.strip("` ") == name]
     assert listed == facts["differences"]
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_facts_have_their_mathematics_in_dollars_and_their_code_in_backticks(name):
+    for note in method_facts(name)["differences"]:
+        assert note.count("$") % 2 == note.count("`") % 2 == 0, note
+        plain = re.sub(r"`[^`]*`|\$[^$]*\$", "", note)
+        assert re.findall(r"\S*(?:[=<>^_\\]|\de-\d)\S*", plain) == [], note
+        # Markdown takes the backslash of a punctuation mark away before MathJax sees it
+        assert re.findall(r"\\[^A-Za-z]", note) == [], note
+        assert "|" not in note, note  # it would end the cell
 
 
 # ---------------------------------------------------------------------------------- the toy problem
