@@ -149,7 +149,8 @@ class Aggregator(Memory):
         losses: Tensor,  # [T] raw losses
     ) -> Choice:
         "Ask the method, unless a gradient is not finite."
-        self.tasks = gradients.tasks
+        if self.tasks != gradients.tasks:  # writing to a module is slow
+            self.tasks = gradients.tasks
         measured = self.measure(gradients) if self.needs_gradients else None
         finite = self._finite_tasks(measured, gradients)
         lengths = gradients.lengths
@@ -172,7 +173,8 @@ class Aggregator(Memory):
     def to_cpu(self, *tensors: Tensor) -> list[Tensor]:
         "The tensors on the CPU, in one transfer with what is to be checked."
         unchecked = self.unchecked
-        self.unchecked = ()
+        if unchecked:
+            self.unchecked = ()
         moved = to_cpu([*tensors, *(numbers for numbers, _ in unchecked)])
         for (_, check), numbers in zip(unchecked, moved[len(tensors) :], strict=True):
             check(numbers)

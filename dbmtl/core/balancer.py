@@ -221,7 +221,7 @@ def _outside_autograd(method):
     def plainly(self, *args, **options):
         kind = self.shared[0].device.type
         no_autocast = contextlib.nullcontext()
-        if torch.amp.is_autocast_available(kind):
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             no_autocast = torch.autocast(kind, enabled=False)
         with torch.no_grad(), no_autocast, about_donated_buffers():
             return method(self, *args, **options)
@@ -450,7 +450,8 @@ class Balancer:
         else:
             parts = self._read_batches(given, sizes, skip, features)
         is_whole = self.ranks.size == 1
-        self.aggregator.unchecked = ()  # of a step that failed
+        if self.aggregator.unchecked:  # of a step that failed
+            self.aggregator.unchecked = ()
         for part in parts:
             if is_whole:
                 self._check_present(part.batch, part.excused)
@@ -1293,7 +1294,7 @@ class Balancer:
         yield from self.aggregator.parameters()
 
     def _learned_scales(self) -> list[Tensor]:
-        return [p for p in self.parameters() if p.requires_grad]
+        return self.transform.learned_scales() + self.aggregator.learned_scales()
 
     def state_dict(self) -> dict:
         "Everything that the next step depends on; RuntimeError where this rank has a part of it."

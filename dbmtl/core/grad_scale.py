@@ -44,10 +44,13 @@ class PendingGradients:
 
     def run_hooks(self):
         "Run the post-accumulate hooks of the parameters that were written, once each."
-        for parameter in dict.fromkeys(parameter for parameter, _ in self._additions):
-            hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-            for hook in list(hooks.values()):
-                hook(parameter)
+        has_run = set()
+        for parameter, _ in self._additions:
+            hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
+            if hooks and parameter not in has_run:
+                has_run.add(parameter)
+                for hook in list(hooks.values()):
+                    hook(parameter)
 
 
 def add_to_grad(

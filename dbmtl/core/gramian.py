@@ -151,9 +151,8 @@ def spectrum(
     return values, vectors, significant
 
 # %% ../../nbs/01_core/04_gramian.ipynb #217ff83c
-_RUN = 2**16  # numbers of small tensors that are worked on together
-_SLICE = 2**17  # numbers of a large tensor that are: half a MiB in float32
-_LARGE = 2 * _SLICE  # below that, what is saved is less than what the calls cost
+_RUN = 2**17  # numbers that are worked on together: half a MiB in float32
+_LARGE = 2 * _RUN  # below that, what is saved is less than what the calls cost
 
 
 def cache_runs(tensors: list[Tensor]) -> list[slice]:
@@ -184,7 +183,7 @@ def _sum_of_one(
 ) -> Tensor:  # a fresh one
     "The weighted sum of large tensors, slice by slice."
     total = torch.empty_like(tensors[0])
-    numbers = _SLICE * torch.get_num_threads()  # each core has a cache of its own
+    numbers = _RUN * torch.get_num_threads()  # each core has a cache of its own
     rows = max(1, numbers * len(total) // total.numel())
     scratch = torch.empty_like(total[:rows])
     slices = zip(total.split(rows), *[tensor.split(rows) for tensor in tensors], strict=True)

@@ -216,9 +216,9 @@ def _values_of(losses: Tensor | list, tasks: list[int]) -> Tensor:  # [T], 1 for
             has_loss[tasks] = True
             values = torch.where(has_loss, values, 1)
         return values
-    one = torch.ones(())
-    if len(tasks) < len(losses) and tasks:
-        one = torch.ones_like(losses[tasks[0]].detach()).reshape(())
+    if len(tasks) == len(losses):
+        return widened(torch.stack([loss.detach().reshape(()) for loss in losses]))
+    one = torch.ones_like(losses[tasks[0]].detach()).reshape(()) if tasks else torch.ones(())
     chosen = set(tasks)
     scalars = [loss.detach().reshape(()) if t in chosen else one for t, loss in enumerate(losses)]
     return widened(torch.stack(scalars))

@@ -242,7 +242,7 @@ class Postponed:
         return self
 
     def __exit__(self, kind, error, trace) -> bool:
-        if self.ranks.size == 1 or not isinstance(error, Exception):
+        if not isinstance(error, Exception) or self.ranks.size == 1:
             return False
         self.error = self.error or error
         return True

@@ -78,8 +78,12 @@ def _topological_order(roots: list[GradientEdge], edges: dict) -> list:
     while stack:
         node = stack[-1]
         if node not in edges:
-            edges[node] = [edge for edge in node.next_functions if edge[0] is not None]
-            stack += [child for child, _ in edges[node] if child not in edges]
+            edges[node] = []
+            for edge in node.next_functions:
+                if edge[0] is not None:
+                    edges[node].append(edge)
+                    if edge[0] not in edges:
+                        stack.append(edge[0])
             continue
         stack.pop()
         finished.setdefault(node)
@@ -118,9 +122,14 @@ def _split(
     shared: list[Tensor],  # P parameters
 ) -> tuple[list[Tensor], dict[Tensor, Tensor]]:
     "One task's row over `shared`, zeros where it reaches nothing, and the other gradients."
-    row = [gradients.pop(p) if p in gradients else torch.zeros_like(p) for p in shared]
-    if any(gradient.is_sparse for gradient in row):
-        raise ValueError("sparse gradients (nn.Embedding(sparse=True)) are not supported")
+    row = []
+    for p in shared:
+        gradient = gradients.pop(p, None)
+        if gradient is None:
+            gradient = torch.zeros_like(p)
+        if gradient.is_sparse:
+            raise ValueError("sparse gradients (nn.Embedding(sparse=True)) are not supported")
+        row.append(gradient)
     return row, gradients
 
 # %% ../../nbs/01_core/03_task_gradients.ipynb #5f365554
@@ -369,5 +378,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def widened(tensor: Tensor) -> Tensor:
     "The tensor in the dtype in which sums are kept; itself where it has that dtype already."
+    if tensor.dtype == torch.float32:  # as nearly always
+        return tensor
     dtype = at_least_float32(tensor.dtype)
     return tensor if tensor.dtype == dtype else tensor.to(dtype)

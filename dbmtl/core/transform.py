@@ -8,6 +8,7 @@ __all__ = ['Memory', 'all_or_nothing', 'Layout', 'memory_layouts', 'check_layout
 # %% ../../nbs/01_core/07_transform.ipynb #f52aab1f
 import contextlib
 import copy
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,12 @@ class Memory(nn.Module):
         for device, stream in state["streams"].items():
             self.generator(device).set_state(stream.cpu())
 
+    def learned_scales(self) -> list[Tensor]:
+        "The parameters to learn; most methods have none, and need no walk through their parts."
+        if not self._modules and not self._parameters:
+            return []
+        return [p for p in self.parameters() if p.requires_grad]
+
     def doubt(self) -> str:  # "" if there is none
         "What the user should be warned of, once; the balancer asks before a step, on all ranks."
         return ""
@@ -91,12 +98,17 @@ def _tensors(nested, function):
     return nested
 
 # %% ../../nbs/01_core/07_transform.ipynb #dfd26b24
+def _parts(module: nn.Module) -> Iterable[nn.Module]:
+    "The module and what it is made of; most methods have no parts, and need no walk."
+    return module.modules() if module._modules else [module]
+
+
 @contextlib.contextmanager
 def all_or_nothing(
     *modules: nn.Module,  # whose memories, and those of their parts, are meant
 ):
     "If the block raises, everything is remembered as before it."
-    memories = [part for module in modules for part in module.modules() if isinstance(part, Memory)]
+    memories = [part for module in modules for part in _parts(module) if isinstance(part, Memory)]
     snapshots = [memory.snapshot() for memory in memories]
     try:
         yield
@@ -219,7 +231,7 @@ def slopes(
     tasks: list[int] | None = None,  # that have a loss in this step; None: all
 ) -> tuple[Tensor, list[Tensor]]:  # slopes [T], and the gradients of the transform's parameters
     "The derivatives of the summed transformed losses, for each loss and each learned scale."
-    scales = [p for p in transform.parameters() if p.requires_grad]
+    scales = transform.learned_scales()
     with torch.enable_grad():
         leaf = losses.detach().requires_grad_()
         transformed = transform(leaf) if tasks is None else transform.of_present(leaf, tasks)

@@ -75,8 +75,8 @@ def test_safe_lengths_are_taken_in_float32_alone():
 
 
 def test_tensors_of_every_size_are_summed_once():
-    """Small ones are added together, some 65,536 numbers at a time."""
-    sizes = (10, 70_000, 5, 6, 65_000, 536, 3)
+    """Small ones are added together, some 131,072 numbers at a time."""
+    sizes = (10, 140_000, 5, 6, 130_000, 1_061, 3)
     rows = [[torch.full((size,), factor) for size in sizes] for factor in (1.0, 10.0)]
     total = combine(rows, torch.tensor([2.0, 0.5]))
     assert_close(total, [torch.full((size,), 7.0) for size in sizes])

@@ -41,6 +41,17 @@ def test_slopes_leave_nothing_behind():
     assert slopes(learned, losses)[1] == []
 
 
+def test_learned_scales_are_found_in_parts_too():
+    outer = Geometric()
+    assert outer.learned_scales() == []
+    outer.part = IMTLL(2)
+    outer.frozen = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+    [scale] = outer.learned_scales()
+    assert scale is outer.part.s
+    scale.requires_grad_(False)
+    assert outer.learned_scales() == []
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_slopes_follow_the_dtype_of_the_losses(dtype):
     assert slopes(Log(), torch.ones(2, dtype=dtype))[0].dtype == dtype
