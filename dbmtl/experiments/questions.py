@@ -381,8 +381,8 @@ def _room_question(name: str, network: str, benchmark: str) -> Question:
     return Question(
         name=name,
         title=f"Does DB-MTL beat equal weighting and GLS in {network}?",
-        why="Figure 4 carries DB-MTL over to networks that share less than a trunk (C21). The rooms "
-        "are generated. Nobody has run them over seeds; effect and spread are those of the "
+        why="Figure 4 carries DB-MTL over to networks that share less than a trunk (C21). The "
+        "rooms are generated. Nobody has run them over seeds; effect and spread are those of the "
         "streets, the spread a little smaller as there are three tasks.",
         benchmark=benchmark,
         scale="rooms",

@@ -520,7 +520,8 @@ def boole_medians(
     y = np.asarray(starts, dtype=float)
     medians = []
     for step in range(1, max(checkpoints) + 1):
-        y = y - 1 / y
+        with np.errstate(divide="ignore"):  # what hits zero goes to infinity, and stays there
+            y = y - 1 / y
         if step in checkpoints:
             medians.append(float(np.median(np.abs(y))))
     return medians
