@@ -183,6 +183,7 @@ def read_losses(
 ) -> Batch:
     "Losses of any accepted form, checked for number, shape and graph."
     _check_form(losses)
+    is_first_dictionary = isinstance(losses, Mapping) and names is None
     if isinstance(losses, Mapping):
         losses = _in_order(losses, names, skip)
         names = tuple(losses)
@@ -193,12 +194,16 @@ def read_losses(
         raise ValueError(f"stacked losses must have shape [T], got {list(losses.shape)}")
     if len(losses) != num_tasks:
         hint = ": one for each task, not their sum" if len(losses) == 1 else ""
+        if is_first_dictionary:
+            hint = ": the first dictionary has all tasks, None for one without labels"
         raise ValueError(f"expected {num_tasks} losses, got {len(losses)}{hint}")
     names = names or tuple(range(num_tasks))
     tasks = list(range(num_tasks)) if only is None else only
     if not isinstance(losses, Tensor):
         given = [t for t in tasks if losses[t] is not None]
-        tasks = given if given or may_be_empty else tasks
+        if tasks and not given and not may_be_empty:
+            raise ValueError("all losses are None: leave out the step of a batch without labels")
+        tasks = given
     with torch.enable_grad():
         roots = loss_edges([losses[t] for t in tasks], [repr(names[t]) for t in tasks])
         idle_roots = _idle_roots(losses, tasks) if may_be_empty else {}

@@ -219,21 +219,19 @@ def in_three_sentences(measured: Effects) -> list[str]:
     fixed = [row for row in SETTINGS if "for both" in row and row.startswith("Office-31, Adam")]
     return [
         "**Tune the learning rate first.** Over its grid, validation moves by "
-        f"{spans.min():.1f} to {spans.max():.1f} points a method; at own rates DB-MTL minus equal "
-        f"weighting is: {_listed(measured, own, 'DB-MTL - EW')}.",
-        "**At one rate for all methods the answer is about the rate.** The same difference "
-        "under Adam: "
-        f"{_listed(measured, fixed, 'DB-MTL - EW')}.",
-        "**Whether training together pays depends on the tasks, hardly on balancing.** Equal "
-        "weighting minus "
-        f"single-task networks: {_listed(measured, own, 'EW - STL')}.",
+        f"{spans.min():.1f} to {spans.max():.1f} points a method, and at one rate for both the sign "
+        f"of DB-MTL minus equal weighting depends on it: {_listed(measured, fixed, 'DB-MTL - EW')}.",
+        "**What balancing adds depends on the tasks.** The same difference at own rates: "
+        f"{_listed(measured, own, 'DB-MTL - EW')}.",
+        "**So does whether training together pays.** Equal weighting minus single-task networks: "
+        f"{_listed(measured, own, 'EW - STL')}.",
     ]
 
 
 def _listed(measured: Effects, rows, difference: str) -> str:
     """The mean differences of some rows by the rule that answers; repeated settings are pooled.
 
-    Where the best epoch has another sign, its mean stands beside it.
+    Where the best epoch has another sign it stands beside it; "open" is no sign.
     """
     effects = pd.concat([measured.fine, measured.rough])
     effects = effects[effects["difference"] == difference]
@@ -242,15 +240,24 @@ def _listed(measured: Effects, rows, difference: str) -> str:
         data, _, rest = row.partition(", ")
         optimizer, _, rates = rest.partition("\n")
         name = optimizer if rates.startswith("own") else rates.split()[0]
+        name = "" if name == "Adam" else name
         for rule, lines in effects[effects["row"] == row].groupby("series"):
             by_rule = samples.setdefault((data, name), {})
             by_rule.setdefault(rule, []).extend(lines["value"])
     parts = {}
     for (data, name), by_rule in samples.items():
         means = {rule: estimate(sample) for rule, sample in by_rule.items()}
-        mean = means[RULES[ANSWERING]]
-        best = means.get(RULES["best"], mean)
-        other = "" if best.sign == mean.sign else f" (best epoch {best.in_words})"
-        parts.setdefault(data, []).append(f"{name} {mean.in_words}{other}")
+        best = means.get(RULES["best"])
+        mean = means.get(RULES[ANSWERING])
+        if mean is None:  # a task is at its floor by this rule
+            parts.setdefault(data, []).append(
+                f"{name} best epoch {best.in_words} (last ten: none)".lstrip()
+            )
+            continue
+        best = best or mean
+        other = f" (best epoch {best.in_words if best.sign else 'open'})"
+        if best.sign == mean.sign:
+            other = ""
+        parts.setdefault(data, []).append(f"{name} {mean.in_words}{other}".lstrip())
     listed = [f"{data} {', '.join(words)}" for data, words in parts.items()]
     return "; ".join(listed) or "not run"

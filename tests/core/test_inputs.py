@@ -428,7 +428,7 @@ def in_inference_mode(losses):
 STRANGE = {
     "complex": (lambda losses: [loss * 1j for loss in losses], TypeError, "loss 0 must be a real"),
     "inference": (in_inference_mode, ValueError, "loss 0 was computed in inference mode"),
-    "none": (lambda losses: [None] * 3, TypeError, "loss 0 must be a tensor, got None"),
+    "none": (lambda losses: [None] * 3, ValueError, "all losses are None"),
 }
 
 

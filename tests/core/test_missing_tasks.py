@@ -232,7 +232,7 @@ STRICT = {
     "all sizes 0": (
         lambda b, ls: b.backward(named(ls), size=0, missing="skip"), ValueError, "nothing to count",
     ),
-    "all None": (lambda b, ls: b.backward([None] * 3), TypeError, "must be a tensor, got None"),
+    "all None": (lambda b, ls: b.backward([None] * 3), ValueError, "all losses are None"),
     "too few": (lambda b, ls: b.backward(ls[:2]), ValueError, "expected 3 losses, got 2"),
     "a word": (
         lambda b, ls: b.backward(named(ls), missing="ignore"), ValueError, "missing must be one of",
