@@ -219,8 +219,9 @@ def in_three_sentences(measured: Effects) -> list[str]:
     fixed = [row for row in SETTINGS if "for both" in row and row.startswith("Office-31, Adam")]
     return [
         "**Tune the learning rate first.** Over its grid, validation moves by "
-        f"{spans.min():.1f} to {spans.max():.1f} points a method, and at one rate for both the sign "
-        f"of DB-MTL minus equal weighting depends on it: {_listed(measured, fixed, 'DB-MTL - EW')}.",
+        f"{spans.min():.1f} to {spans.max():.1f} points a method, and at one rate for both the "
+        "sign of DB-MTL minus equal weighting depends on it: "
+        f"{_listed(measured, fixed, 'DB-MTL - EW')}.",
         "**What balancing adds depends on the tasks.** The same difference at own rates: "
         f"{_listed(measured, own, 'DB-MTL - EW')}.",
         "**So does whether training together pays.** Equal weighting minus single-task networks: "
