@@ -7,6 +7,8 @@ __all__ = ['OUTPUTS', 'tasks', 'NETWORKS', 'nyuv2', 'segnet', 'cross_stitch', 'm
            'load', 'make_network', 'scales', 'make_benchmark']
 
 # %% ../../nbs/09_benchmarks/07_nyuv2.ipynb #6737a552
+from dataclasses import replace
+
 from torch import nn
 
 from .base import Benchmark, Data, Scale
@@ -120,6 +122,16 @@ def scales(
         "weights": "none" if segnet else "imagenet",
     }
     full_batch = 2 if segnet else 8
+    generated = Scale(
+        epochs=20,
+        batch_size=8,
+        width=8,
+        train_size=400,
+        eval_size=100,
+        learning_rate=1e-3,
+        eval_batch_size=20,
+        extra=medium | {"source": "generated", "decay_every": 10},
+    )
     sizes = {
         "smoke": Scale(
             epochs=1,
@@ -129,35 +141,15 @@ def scales(
             eval_size=6,
             extra=options | {"source": "generated", "size": [32, 48], "decay_every": 100},
         ),
-        "generated": Scale(
-            epochs=20,
-            batch_size=8,
-            width=8,
-            train_size=400,
-            eval_size=100,
-            learning_rate=1e-3,
-            eval_batch_size=20,
-            extra=medium | {"source": "generated", "decay_every": 10},
+        "generated": generated,
+        "rooms": replace(
+            generated, train_size=240, eval_size=80, extra=generated.extra | {"size": [32, 48]}
         ),
-        "rooms": Scale(
-            epochs=20,
-            batch_size=8,
-            width=8,
-            train_size=240,
-            eval_size=80,
-            learning_rate=1e-3,
-            eval_batch_size=20,
-            extra=medium | {"source": "generated", "size": [32, 48], "decay_every": 10},
-        ),
-        "small": Scale(
+        "small": replace(
+            generated,
             epochs=24,
-            batch_size=8,
-            width=8,
-            train_size=400,
             eval_size=300,
-            learning_rate=1e-3,
-            eval_batch_size=20,
-            extra=medium | {"source": "real", "size": [48, 64], "decay_every": 12},
+            extra=generated.extra | {"source": "real", "size": [48, 64], "decay_every": 12},
         ),
         "cpu": Scale(
             epochs=24,

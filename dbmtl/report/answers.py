@@ -18,7 +18,12 @@ import seaborn as sns
 from IPython.display import Markdown, display
 
 from ..experiments.intervals import Interval
-from ..experiments.method_labels import hyper_of, label_of, parse_method
+from dbmtl.experiments.method_labels import (
+    hyper_of,
+    label_of,
+    parse_method,
+    split_learning_rate,
+)
 from ..experiments.paired_tests import Answer, answer, p_value
 from dbmtl.experiments.questions import (
     Question,
@@ -182,8 +187,7 @@ def printed_differences(
     for pair in question.pairs:
         first, second = (_without_rate(arm) for arm in pair)
         if question.task is None:
-            weights = {first: 1} if second == "STL" else minus(first, second)
-            printed = printed_interval(averages, weights)
+            printed = printed_interval(averages, minus(first, second))
         elif {first, second} <= set(gains):
             printed = as_interval(gains[first][question.task] - gains[second][question.task])
         else:
@@ -196,7 +200,8 @@ def printed_differences(
 def _without_rate(arm: str) -> str:
     "The method of an arm that sets nothing but a learning rate."
     method, settings = parse_method(arm)
-    return method if set(settings) <= {"learning_rate"} else arm
+    _, others = split_learning_rate(settings)
+    return arm if others else method
 
 
 def answers_figure(

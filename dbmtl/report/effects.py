@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from ..experiments.method_labels import parse_method
+from ..experiments.method_labels import parse_method, split_learning_rate
 from ..experiments.questions import QUESTIONS, Question
 from .answers import ANSWERING, Findings, load_findings, records_shown, tuning_rows
 from .comparison import RULES, Comparison, estimate, minus
@@ -70,8 +70,8 @@ def _arm_of(question: Question, method: str, rate: float | None) -> str:
     "The arm of a method without settings but perhaps a learning rate."
     for arm in question.arms:
         name, settings = parse_method(arm.label)
-        others = {key: value for key, value in settings.items() if key != "learning_rate"}
-        is_rate = rate is None or settings.get("learning_rate") == rate
+        of_arm, others = split_learning_rate(settings)
+        is_rate = rate is None or of_arm == rate
         if name == method and not others and is_rate:
             return arm.label
     return method
@@ -84,9 +84,8 @@ def printed_effects(
     "The same differences in the paper's Table 5."
     printed = printed_corners(benchmark)
     effects = {}
-    for difference, (first, second) in EFFECTS.items():
-        weights = {first: 1} if second == "STL" else minus(first, second)
-        effects[setting, difference] = printed_interval(printed, weights)
+    for difference, pair in EFFECTS.items():
+        effects[setting, difference] = printed_interval(printed, minus(*pair))
     return effects
 
 # %% ../../nbs/11_report/33_effects.ipynb #dc00b099
@@ -229,11 +228,19 @@ def in_three_sentences(measured: Effects) -> list[str]:
     ]
 
 
-def _listed(measured: Effects, rows, difference: str) -> str:
-    """The mean differences of some rows by the rule that answers; repeated settings are pooled.
+def _both_rules_in_words(means: dict) -> str:  # {rule: Interval}
+    "By the rule that answers; the best epoch beside it where its sign is another: open, if none."
+    best = means.get(RULES["best"])
+    mean = means.get(RULES[ANSWERING])
+    if mean is None:  # a task is at its floor by this rule
+        return f"best epoch {best.in_words} (last ten: none)"
+    if best is None or best.sign == mean.sign:
+        return mean.in_words
+    return f"{mean.in_words} (best epoch {best.in_words if best.sign else 'open'})"
 
-    Where the best epoch has another sign it stands beside it; "open" is no sign.
-    """
+
+def _listed(measured: Effects, rows, difference: str) -> str:
+    "The mean differences of some rows; repeated settings are pooled."
     effects = pd.concat([measured.fine, measured.rough])
     effects = effects[effects["difference"] == difference]
     samples = {}  # {(data, optimizer or rate): {rule: numbers}}
@@ -248,17 +255,6 @@ def _listed(measured: Effects, rows, difference: str) -> str:
     parts = {}
     for (data, name), by_rule in samples.items():
         means = {rule: estimate(sample) for rule, sample in by_rule.items()}
-        best = means.get(RULES["best"])
-        mean = means.get(RULES[ANSWERING])
-        if mean is None:  # a task is at its floor by this rule
-            parts.setdefault(data, []).append(
-                f"{name} best epoch {best.in_words} (last ten: none)".lstrip()
-            )
-            continue
-        best = best or mean
-        other = f" (best epoch {best.in_words if best.sign else 'open'})"
-        if best.sign == mean.sign:
-            other = ""
-        parts.setdefault(data, []).append(f"{name} {mean.in_words}{other}".lstrip())
+        parts.setdefault(data, []).append(f"{name} {_both_rules_in_words(means)}".lstrip())
     listed = [f"{data} {', '.join(words)}" for data, words in parts.items()]
     return "; ".join(listed) or "not run"

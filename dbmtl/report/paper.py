@@ -148,7 +148,11 @@ def printed_interval(
     printed: dict,  # {method: Printed}
     weights: dict,  # {method: factor}; {method: 1} is the method alone
 ) -> Interval | None:  # of no length where a deviation is missing; None where a value is missing
-    "A weighted sum of printed averages, with Student's 95 % interval over three unpaired runs."
+    """A weighted sum of printed averages, with Student's 95 % interval over three unpaired runs.
+
+    STL is what they are relative to: zero, without a spread of its own.
+    """
+    weights = {method: factor for method, factor in weights.items() if method != "STL"}
     if not set(weights) <= set(printed):
         return None
     terms = [(factor, printed[method]) for method, factor in weights.items()]

@@ -3,6 +3,8 @@
 import json
 import lzma
 
+from dbmtl.experiments.epoch_selection import LAST_TEN
+from dbmtl.experiments.questions import records_of, run_question
 from dbmtl.experiments.records import configuration
 
 DIRECTIONS = {"a": {"MAE": "down"}, "b": {"Acc": "up"}}
@@ -66,3 +68,21 @@ def committed_runs(folder, benchmark, scale):
         if record["state"] == "finished" and config == today | {"protocol": newest}:
             runs.setdefault(config["method"], {})[config["seed"]] = record
     return runs
+
+
+def records_of_toy_question(question, folder):
+    """The runs of a question about the toy problem, none of whose tasks is at its floor."""
+    run_question(question, folder, progress=False)
+    records = records_of(question, folder)
+    for record in records:  # seconds of training leave tasks at their floor, so it is raised
+        for metrics in record["floors"]["test"].values():
+            metrics["MAE"] *= 1000
+    return records
+
+
+def last_ten(records, method, seed):
+    """The test metrics of a run by task, averaged over its last ten epochs."""
+    for record in records:
+        if (record["config"]["method"], record["config"]["seed"]) == (method, seed):
+            return record["selected"][LAST_TEN]["test"]
+    raise LookupError(f"{method}, seed {seed}")

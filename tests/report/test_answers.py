@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers.records import last_ten, records_of_toy_question
 
 from dbmtl.experiments.metrics import delta_p_per_task
-from dbmtl.experiments.questions import Arm, Question, get_question, records_of, run_question
+from dbmtl.experiments.questions import Arm, Question, get_question
 from dbmtl.report.answers import (
     answer_rows,
     answers_figure,
@@ -37,22 +38,7 @@ def asked(tmp_path_factory):
         seeds=(100, 101, 102),
         minutes=0.1,
     )
-    folder = tmp_path_factory.mktemp("runs")
-    run_question(question, folder, progress=False)
-    records = records_of(question, folder)
-    for record in records:  # seconds of training leave tasks at their floor, so it is raised
-        for metrics in record["floors"]["test"].values():
-            metrics["MAE"] *= 1000
-    return question, records
-
-
-def last_ten(records, method: str, seed: int) -> dict:
-    "The test metrics of a run, by task."
-    for record in records:
-        config = record["config"]
-        if (config["method"], config["seed"]) == (method, seed):
-            return record["selected"]["average of the last ten epochs"]["test"]
-    raise LookupError(method)
+    return question, records_of_toy_question(question, tmp_path_factory.mktemp("runs"))
 
 
 def test_a_question_about_one_task_is_answered_by_that_task(asked):

@@ -2,11 +2,12 @@
 
 import pandas as pd
 import pytest
+from helpers.records import last_ten, records_of_toy_question
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dbmtl.experiments.metrics import delta_p
-from dbmtl.experiments.questions import Arm, Question, records_of, run_question
+from dbmtl.experiments.questions import Arm, Question
 from dbmtl.report.answers import findings_of
 from dbmtl.report.trade_offs import front_of, trade_offs
 
@@ -45,30 +46,17 @@ def findings(tmp_path_factory):
         baseline="EW",
         minutes=0.1,
     )
-    folder = tmp_path_factory.mktemp("runs")
-    run_question(question, folder, progress=False)
-    records = records_of(question, folder)
-    for record in records:  # seconds of training leave tasks at their floor, so it is raised
-        for metrics in record["floors"]["test"].values():
-            metrics["MAE"] *= 1000
+    records = records_of_toy_question(question, tmp_path_factory.mktemp("runs"))
     return findings_of(question, records)
-
-
-def last_ten(findings, label: str, seed: int) -> dict:
-    record = next(
-        record
-        for record in findings.fresh
-        if record["config"]["seed"] == seed and record["config"]["method"] == label.split("(")[0]
-    )
-    return record["selected"]["average of the last ten epochs"]["test"], record["directions"]
 
 
 def test_gains_are_delta_p_of_a_task_alone(findings):
     points = trade_offs(findings, ("unit", "small"))
+    directions = findings.fresh[0]["directions"]
     assert len(points) == 3 * 2
     for _, point in points.iterrows():
-        ours, directions = last_ten(findings, point["arm"], point["seed"])
-        base, _ = last_ten(findings, "EW", point["seed"])
+        ours = last_ten(findings.fresh, point["arm"].split("(")[0], point["seed"])
+        base = last_ten(findings.fresh, "EW", point["seed"])
         for task in ("unit", "small"):
             alone = delta_p({task: ours[task]}, {task: base[task]}, {task: directions[task]})
             assert point[task] == pytest.approx(alone, abs=1e-9)
