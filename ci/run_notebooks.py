@@ -8,12 +8,14 @@ import re
 import shlex
 import sys
 import tempfile
+import textwrap
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import nbformat
+import pandas
 import papermill
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
@@ -264,10 +266,17 @@ def print_table(results):
 
 
 def print_pictures(results):
-    """Where the pictures lie, a line each."""
+    """For each picture its numbers and its caption, where there are such files, and its path."""
     for result in results:
         for path in result.pictures:
-            print(f"figure: {path}")
+            numbers = path.with_suffix(".csv")
+            if numbers.exists():
+                print(f"\n{pandas.read_csv(numbers).to_string(index=False)}")
+            card = path.parent / "cards" / f"{path.stem}.json"
+            if card.exists():
+                caption = json.loads(card.read_text(encoding="utf-8"))["caption"]
+                print(f"\n{textwrap.fill(caption, 100)}")
+            print(f"\nfigure: {path}")
 
 
 def parse_arguments(arguments):
@@ -288,7 +297,7 @@ def parse_arguments(arguments):
         "--quick",
         action="store_true",
         help="in three minutes: the notebooks of the method, then EW and DB-MTL trained on the "
-        "sample of QM9 at scale `early`, and a picture of both",
+        "sample of QM9 at scale `early`, a table of their test errors and a picture",
     )
     parser.add_argument("--fresh", action="store_true", help="train again what is recorded already")
     parser.add_argument(

@@ -66,7 +66,7 @@ install() {
     [ -t 1 ] || quiet=(-qq) # pip's progress is for a terminal
     constraints=$(mktemp)
     pins >"$constraints" || return 1
-    echo "installing into $("$PY" -c 'import sys; print(sys.prefix)')"
+    echo "installing into $("$PY" -c 'import sys; print(sys.prefix)'): a few minutes the first time"
     "$PY" -m pip install "${quiet[@]}" --constraint "$constraints" setuptools wheel || return 1
     "$PY" -m pip install "${quiet[@]}" --constraint "$constraints" --no-build-isolation \
         --config-settings editable_mode=compat --editable "$1" || return 1

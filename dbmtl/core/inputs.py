@@ -268,7 +268,10 @@ def check_losses(
     name = names[first_bad]
     value = values[first_bad]
     kind = ValueError if value.isfinite() else FloatingPointError
-    raise kind(f"the loss of task {name!r} is {value.item():g}; it must be {transform.domain}")
+    hint = " (a mean over no labels is nan: give None for that task)" if value.isnan() else ""
+    raise kind(
+        f"the loss of task {name!r} is {value.item():g}; it must be {transform.domain}{hint}"
+    )
 
 # %% ../../nbs/01_core/12_inputs.ipynb #66d78280
 def check_graph(

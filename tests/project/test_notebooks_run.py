@@ -241,7 +241,7 @@ def test_options_to_suggest_are_those_that_there_are(runner, capsys):
     assert known == set(runner.OPTIONS)
 
 
-def test_quick_runs_its_notebooks_and_prints_where_the_picture_is(project, runner):
+def test_quick_runs_its_notebooks_and_prints_numbers_caption_and_picture(project, runner):
     for name in runner.QUICK:
         path = project / "nbs" / f"{name}.ipynb"
         path.parent.mkdir(exist_ok=True)
@@ -253,13 +253,18 @@ def test_quick_runs_its_notebooks_and_prints_where_the_picture_is(project, runne
         "folder = Path('../../out', scale)\n"
         "folder.mkdir()\n"
         "(folder / 'first_run.png').touch()\n"
-        "(folder / 'first_run.svg').touch()",
+        "(folder / 'first_run.svg').touch()\n"
+        "(folder / 'first_run.csv').write_text('property,EW\\ncv,2.25\\n')\n"
+        "(folder / 'cards').mkdir()\n"
+        "(folder / 'cards' / 'first_run.json').write_text('{\"caption\": \"One seed.\"}')",
     ]
     write_notebook(project / "nbs" / f"{runner.QUICK[-1]}.ipynb", sources, parameters=True)
     done = reproduce("--quick", "-p", "jobs", "3", root=project, out=project)
     assert done.returncode == 0, done.stderr
-    *_, summary, picture = done.stdout.splitlines()
+    *_, summary, head, row, caption, picture = filter(None, done.stdout.splitlines())
     assert summary.startswith(f"{len(runner.QUICK)} of {len(runner.QUICK)} notebooks")
+    assert (head.split(), row.split()) == (["property", "EW"], ["cv", "2.25"])
+    assert caption == "One seed."
     assert picture == f"figure: {project / 'out' / 'early' / 'first_run.png'}"
 
 
