@@ -64,15 +64,32 @@ class Probe(nn.Module):
         return [3**t * (head(z) - t).square().mean() for t, head in enumerate(self.heads)]
 
 # %% ../nbs/06_profile.ipynb #b3d0c632
-def _step(balancer: Balancer, probe: Probe) -> list[list[Tensor]]:  # the gradients of each head
-    "One step of training on the probe."
+def _backward(balancer: Balancer, probe: Probe, absent: int | None = None):
+    "The backward part of a step on the probe; None in place of the loss of the task `absent`."
     features = [probe.features(batch) for batch in range(balancer.aggregator.num_batches)]
     batches = [probe.losses(z) for z in features]
+    if absent is not None:
+        for losses in batches:
+            losses[absent] = None
     if balancer.level == "features":
         balancer.backward(batches[0], features=features[0])
     else:
         balancer.backward(*batches)
+
+
+def _step(balancer: Balancer, probe: Probe) -> list[list[Tensor]]:  # the gradients of each head
+    "One step of training on the probe."
+    _backward(balancer, probe)
     return [[p.grad.clone() for p in head.parameters()] for head in probe.heads]
+
+
+def _may_miss_a_task(balancer: Balancer, probe: Probe) -> bool:
+    "Is a step taken without the first task?"
+    try:
+        _backward(balancer, probe, absent=0)
+    except ValueError:  # by name: such a step has no meaning for the method
+        return False
+    return True
 
 # %% ../nbs/06_profile.ipynb #7b2b47ce
 def _after(balancer: Balancer, probe: Probe):
@@ -126,6 +143,7 @@ class Anatomy(NamedTuple):
     passes: int  # backward passes through the trunk
     heads: str  # in words: "as the losses say", "weighted", "own updates", ...
     state: int  # numbers kept between steps
+    may_miss: bool  # is a step taken in which a task has no loss?
 
 # %% ../nbs/06_profile.ipynb #bf0ed3e1
 def _in_words(balancer: Balancer, ratios: Tensor) -> str:
@@ -160,7 +178,10 @@ def anatomy(
         with torch.enable_grad():
             ratios = _ratios(balancer, probe, of_heads)
         _after(balancer, probe)
-    return Anatomy(passes, _in_words(balancer, ratios), numbers_kept(balancer))
+    state = numbers_kept(balancer)
+    with torch.enable_grad():
+        may_miss = _may_miss_a_task(balancer, probe)
+    return Anatomy(passes, _in_words(balancer, ratios), state, may_miss)
 
 # %% ../nbs/06_profile.ipynb #90ead925
 class Stopwatch:

@@ -20,6 +20,7 @@ from dbmtl import make_balancer, method_names
 from dbmtl.benchmarks.base import get_benchmark
 from dbmtl.experiments.loop import Loop
 from dbmtl.profile import (
+    Probe,
     StepCost,
     Stopwatch,
     anatomy,
@@ -220,6 +221,14 @@ def test_step_clock_waits_for_an_accelerator(monkeypatch):
     clock = step_clock("cuda:1")
     assert clock() <= clock()
     assert waited == [torch.device("cuda:1")] * 2
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_task_may_be_missing_where_both_parts_say_so(name):
+    make = functools.partial(make_balancer, name)
+    balancer = make(shared=Probe().trunk, num_tasks=3)
+    allowed = balancer.transform.can_skip_tasks and balancer.aggregator.can_skip_tasks
+    assert anatomy(make).may_miss == allowed
 
 
 def test_numbers_kept_are_those_of_the_anatomy():

@@ -36,10 +36,11 @@ def test_the_table_of_methods_is_complete_and_in_order():
 @pytest.mark.full
 @pytest.mark.parametrize("name", method_names())
 def test_the_table_of_methods_is_what_is_counted(name):
-    _, _, _, passes, heads, state, _ = METHODS[name]
+    _, _, _, passes, heads, state, may_miss, _ = METHODS[name]
     few, many = (anatomy(lambda **options: make_balancer(name, **options), T) for T in (3, 5))
     assert heads == few.heads == many.heads
     assert state.endswith(f"({few.state:,})")
+    assert {"yes": True, "no": False}[may_miss] == few.may_miss == many.may_miss
     formula = {"1": lambda T: 1, "T": lambda T: T, "3T": lambda T: 3 * T}[passes]
     assert (few.passes, many.passes) == (formula(3), formula(5))
 
