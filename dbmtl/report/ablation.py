@@ -24,8 +24,8 @@ from .plots import dots, dots_legend, factor_axis, panel_grid
 from .results_page import as_printed, in_words, log_ratio
 from dbmtl.report.several_benchmarks import (
     BENCHMARK_TITLES,
+    about_all,
     artifacts_of,
-    brief_of_all,
     open_pages,
 )
 from .style import PAGE, method_color, printed_name
@@ -347,7 +347,7 @@ def show_corners(
         "Table 5: $\\Delta_p$ in percent, higher is better, of the four corners of DB-MTL. Ours "
         "are by both rules of the epoch; ± is the half width of Student's 95 % interval over "
         "seeds, in the paper's rows the printed deviation over three runs. "
-        f"{brief_of_all(pages, titles)}"
+        f"{about_all(pages, titles)}"
     )
     show_rows(_artifacts(pages), "table5", corner_rows(pages, titles), caption)
 
@@ -366,7 +366,7 @@ def show_differences(
         "$\\Delta_p$, paired by seed. Dots are means, small dots seeds, lines Student's 95 % "
         "interval (the paper's from its printed deviations). A panel that names fewer tasks "
         "averages over those that all corners trained, which is not $\\Delta_p$. "
-        f"{brief_of_all(pages, titles)}"
+        f"{about_all(pages, titles)}"
     )
     fig = forest_figure(pages, titles)
     _artifacts(pages).figure("table5_differences", fig, caption, frame)
@@ -382,7 +382,7 @@ def show_verdicts(
     caption = (
         "The differences of Table 5 in percentage points of $\\Delta_p$ with Student's 95 % "
         f"interval over seeds, paired by seed, and their verdicts. {words} "
-        f"{brief_of_all(pages, titles)}"
+        f"{about_all(pages, titles)}"
     )
     rows = verdict_rows(pages, titles)
     if rows:
@@ -408,7 +408,7 @@ def show_tasks(
         "above 1 is better. Dots are means over seeds, lines their range; hollow diamonds are the "
         "paper's, recomputed from its printed metrics, which it has for EW and DB-MTL alone. Tasks "
         "at their floor have no dot. Epochs by the first rule that all records have. "
-        f"{brief_of_all(pages, titles)}"
+        f"{about_all(pages, titles)}"
     )
     _artifacts(pages).figure("table5_by_task", task_figure(pages, titles), caption, frame)
     plt.show()

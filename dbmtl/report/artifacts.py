@@ -16,7 +16,7 @@ from IPython.display import Markdown, display
 from ..core.files import write_atomically
 from ..experiments.method_labels import label_of
 from ..experiments.records import project_root
-from .runs import describe_runs
+from .runs import older_code
 from .style import save_figure
 from .tables import markdown_table, write_csv, write_table
 
@@ -116,7 +116,7 @@ def _runs_shown(records) -> dict | None:
         "fewest": min(counts),
         "seeds": max(counts),
         "device": sorted({record.get("device", "") for record in finished}),
-        "older code": "older code" in describe_runs(records),
+        "older code": bool(older_code(records)),
     }
 
 # %% ../../nbs/11_report/07_artifacts.ipynb #f19848e5

@@ -18,7 +18,7 @@ from ..experiments.records import read_records, runs_folder
 from ..registry import method_names
 from .artifacts import Artifacts, show_rows
 from .plots import NOTE_COLOR
-from .runs import current_records, describe_runs
+from .runs import current_records, data_in_words, describe_runs
 from .style import PAGE, printed_name
 from .tables import write_csv
 
@@ -155,7 +155,8 @@ def early_about(
 ) -> str:
     "What was run, for a caption."
     seeds = sorted({record["config"]["seed"] for record in records})
-    return f"Early training, one seed ({seeds[0]}): {describe_runs(records)}."
+    runs = f"{data_in_words(records)}; {describe_runs(records)}"
+    return f"Early training, one seed ({seeds[0]}): {runs}."
 
 
 def unfinished(

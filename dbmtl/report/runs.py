@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'PROTOCOLS', 'SCALES_BEST_FIRST', 'load_runs', 'check_comparable', 'current_records', 'records_to_draw',
-           'describe_runs', 'runs_in_brief', 'span', 'lost_runs', 'invented_run', 'invented_runs']
+           'describe_runs', 'devices_in_words', 'data_in_words', 'span', 'older_code', 'lost_runs', 'invented_run',
+           'invented_runs']
 
 # %% ../../nbs/11_report/04_runs.ipynb #9d585575
 from pathlib import Path
@@ -177,43 +178,35 @@ def records_to_draw(
     return (made[0]["config"]["scale"]["name"] if made else "not run"), made
 
 # %% ../../nbs/11_report/04_runs.ipynb #4f009f8d
-def describe_runs(records: list[dict]) -> str:
-    "Scale, sizes, steps, device and seeds of some runs in one line; raises ValueError for none."
+def describe_runs(
+    records: list[dict],
+    with_device: bool = True,  # False where a caption has said it
+) -> str:
+    "Scale, steps, device, seeds and what is unusual about some runs; raises ValueError for none."
     if not records:
         raise ValueError("records is empty: there are no runs to describe")
-    config = records[0]["config"]
-    size = config["scale"]
-    epochs = size["epochs"]
-    multi_task = [record for record in records if record["config"]["method"] != "STL"]
-    steps = [record["steps"] for record in multi_task or records]
-    notes = {record["data"]["note"] for record in records if record.get("data", {}).get("note")}
-    devices = {record.get("device", "no device") for record in records}
-    parts = [
-        f"{config['benchmark']} at {size['name']} scale",
-        f"{size['train_size'] or 'all'} training samples, {epochs} epoch{'s' * (epochs != 1)} "
-        f"of batch {size['batch_size']}, learning rate {size['learning_rate']:g}, "
-        f"{span(steps)} steps, width {size['width']}",
-        ", ".join(sorted(notes)),
-        " and ".join(sorted(devices)),
-        _seeds_in_words(records),
-        ", ".join(sorted({protocol_note(record) for record in records} - {""})),
-        _age_in_words(records),
-    ]
-    return "; ".join(part for part in parts if part)
-
-
-def runs_in_brief(records: list[dict]) -> str:
-    "Steps, device, seeds and what is unusual about some runs, in the few words of a caption."
+    scale = records[0]["config"]["scale"]["name"]
     multi_task = [record for record in records if record["config"]["method"] != "STL"]
     steps = span([record["steps"] for record in multi_task or records])
-    devices = " and ".join(sorted({record.get("device", "no device") for record in records}))
     parts = [
-        f"{steps} steps on {devices}",
+        f"{scale} scale",
+        f"{steps} steps" + (f" on {devices_in_words(records)}" if with_device else ""),
         _seeds_in_words(records),
         ", ".join(sorted({protocol_note(record) for record in records} - {""})),
         _age_in_words(records),
     ]
     return ", ".join(part for part in parts if part)
+
+
+def devices_in_words(records: list[dict]) -> str:
+    "Where some runs were made: 'cpu: AMD EPYC'."
+    return " and ".join(sorted({record.get("device", "no device") for record in records}))
+
+
+def data_in_words(records: list[dict]) -> str:
+    "What some runs were trained on, as they note it; '' where they note nothing."
+    notes = {record.get("data", {}).get("note", "") for record in records}
+    return ", ".join(sorted(notes - {""}))
 
 
 def span(values) -> str:
@@ -231,12 +224,17 @@ def _seeds_in_words(records):
     return f"{span(counts)} seed{'s' * (counts != {1})} a method"
 
 
+def older_code(records: list[dict]) -> list[str]:
+    "The labels of the methods with a record that today's code does not give again."
+    return sorted({label_of(record) for record in records if is_current(record) is False})
+
+
 def _age_in_words(records):
-    stale = sorted({label_of(record) for record in records if is_current(record) is False})
-    if not stale:
+    older = older_code(records)
+    if not older:
         return ""
-    is_all = set(stale) == {label_of(record) for record in records}
-    return f"older code: {'all' if is_all else ', '.join(stale)}"
+    is_all = set(older) == {label_of(record) for record in records}
+    return f"older code: {'all' if is_all else ', '.join(older)}"
 
 
 def lost_runs(records: list[dict]) -> list[str]:

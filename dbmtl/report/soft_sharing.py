@@ -75,11 +75,11 @@ def with_stl_of(
             renamed = run["config"] | {"benchmark": config["benchmark"]}
             stl[run["config"]["seed"]] = run | {"config": renamed}
     if not stl:
-        return replace(page, about=f"{page.about} Measured against this network's own STL.")
+        return replace(page, remark="Measured against this network's own STL.")
     others = [record for record in page.records if record["config"]["method"] != "STL"]
     records = [*stl.values(), *others]
-    about = f"{page.about} STL: the dilated ResNet-50 of Table 1."
-    return replace(page, records=records, comparison=Comparison(records), about=about)
+    remark = "STL: the dilated ResNet-50 of Table 1."
+    return replace(page, records=records, comparison=Comparison(records), remark=remark)
 
 # %% ../../nbs/11_report/29_soft_sharing.ipynb #faa1ef64
 def printed_gains() -> pd.DataFrame:  # index network and method, a column a task, and their mean

@@ -17,7 +17,7 @@ from ..experiments.records import read_records, runs_folder
 from ..registry import method_names
 from .comparison import RULES, Comparison
 from .results_page import log_ratio
-from .runs import SCALES_BEST_FIRST, current_records, describe_runs
+from .runs import SCALES_BEST_FIRST, current_records
 from .style import PAGE, printed_name
 
 # %% ../../nbs/11_report/12_task_levels.ipynb #14bb1d44
@@ -108,13 +108,11 @@ def show_levels(
         display(Markdown(f"No picture: {page.about}"))
         return
     rules = {scale: RULES[comparison.protocol] for scale, comparison in comparisons.items()}
-    runs = [record for record in page.records if record["state"] == "finished"]
     caption = (
         f"{title}: every task of every method in factors over single-task learning, mean over "
         "seeds; blue is better, red worse. Gray: not run, or at the level "
         "of a constant prediction (of the method or of STL). Rules of the epoch: "
-        f"{', '.join(f'{scale} {rule}' for scale, rule in rules.items()) or 'none'}. "
-        f"{'Ours: ' + describe_runs(runs) + '.' if runs else page.about}"
+        f"{', '.join(f'{scale} {rule}' for scale, rule in rules.items()) or 'none'}. {page.about}"
     )
     page.artifacts.figure(stem, levels_figure(page, frame), caption, frame)
     plt.show()

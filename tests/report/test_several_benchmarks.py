@@ -62,8 +62,21 @@ def test_several_unfinished_runs_decide_the_folder(pages, tmp_path, monkeypatch)
 
 def test_several_captions_name_every_benchmark(pages):
     about = about_all(pages, TITLES)
-    assert about.startswith("Office-31: office31 at cpu scale") and "Ours" not in about
-    assert about.endswith("NYUv2: nyuv2 was not run.")
+    assert about.startswith("Ours on ") and ": Office-31, cpu scale, " in about
+    assert "Not run: NYUv2." in about
+    assert "sizes cannot: early training (Office-31)." in about
+
+
+def test_several_captions_say_what_is_common_once(pages):
+    notes = ["frozen: not comparable", "width 8 instead of 64"]
+    for number, run in enumerate(pages["office31"].records):
+        run["notes"] = [*notes, "three batches a step"] if number else notes
+    pages["qm9"] = open_page(NOTEBOOK, "qm9", [record("qm9", "EW", 0, 1, "early")], only_made=True)
+    pages["office31"].records[0]["device"] = "cuda: test"
+    about = about_all(pages, TITLES | {"qm9": "QM9"})
+    assert about.startswith("Ours: Office-31, cpu scale, ") and about.count("steps on ") == 2
+    assert "frozen (Office-31), width 8 instead of 64 (Office-31)." in about
+    assert "The paper has no runs on QM9. three batches a step (Office-31)." in about
 
 
 def test_several_one_difference_in_numbers(pages):
