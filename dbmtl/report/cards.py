@@ -154,7 +154,8 @@ def tags(card: dict) -> str:
 # %% ../../nbs/11_report/27_cards.ipynb #4004227c
 def measured_in_words(name: str, run: dict) -> str:
     "What was run of a benchmark; generated data are named as such."
-    words = f"{benchmark_in_words(name)} {run['scale']}"
+    name, _, size = name.partition(", ")  # "qm9, cpu, own rates": of what the runs are part
+    words = f"{benchmark_in_words(name)} {size or run['scale']}"
     if run["scale"] == "generated":
         words = f"generated data for {benchmark_in_words(name)}"
     return f"{words}, {seeds_in_words(run)}"
@@ -176,7 +177,7 @@ def cards_in_words(cards: list[dict]) -> str:
     if not cards:
         return "no card yet"
     runs = best_runs(cards)
-    words = [measured_in_words(name.split(",")[0], run) for name, run in runs.items() if run]
+    words = [measured_in_words(name, run) for name, run in runs.items() if run]
     missing = ", ".join(benchmark_in_words(name) for name, run in runs.items() if not run)
     if missing:
         words.append(f"not run: {missing}")

@@ -18,6 +18,7 @@ from IPython.display import Markdown, display
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from ..experiments.intervals import Interval
+from ..experiments.method_labels import label_of
 from .artifacts import Artifacts
 from dbmtl.report.claims import (
     above_stl_on_office,
@@ -41,10 +42,12 @@ from dbmtl.report.claims_computed import (
 from .claims_in_training import cosines_rise, norms_tell, smooth_training
 from .comparison import RULES, minus
 from dbmtl.report.ledger import (
+    BY_QUESTIONS,
     CLAIMS,
     NO_EPOCH,
     PLACES,
     TITLES,
+    Place,
     Places,
     Row,
     compared,
@@ -448,16 +451,30 @@ def records_of(
         place = places(row.place, ()) if row.place in PLACES else None
         if place is None or row.scale in ("-", place.scale):
             continue
-        scale = row.scale
-        benchmark = PLACES[row.place]
-        shown[f"{row.place}, {scale}"] = [
-            record
-            for record in places.committed
-            if record["config"]["benchmark"] == benchmark
-            and record["config"]["scale"]["name"] == scale
-            and not record["config"]["hyper"]
-        ]
+        shown[f"{row.place}, {row.scale}"] = _records_at(row, places)
+    for name in BY_QUESTIONS:
+        if any(other.startswith(f"{name}, ") for other in shown):
+            del shown[name]
     return shown
+
+
+def _records_at(row, places: Places) -> list[dict]:
+    "The records of a row's place at its scale: of questions, or committed ones of one rate."
+    of_questions = {}
+    for evidence in places.evidence:
+        place = Place(*evidence)
+        if (place.name, place.size) == (row.place, row.scale):
+            for record in evidence.records:
+                of_questions[label_of(record), record["config"]["seed"]] = record
+    if of_questions:
+        return list(of_questions.values())
+    return [
+        record
+        for record in places.committed
+        if record["config"]["benchmark"] == PLACES[row.place]
+        and record["config"]["scale"]["name"] == row.scale
+        and not record["config"]["hyper"]
+    ]
 
 
 def show_ledger(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'PROTOCOLS', 'SCALES_BEST_FIRST', 'load_runs', 'check_comparable', 'current_records', 'records_to_draw',
-           'describe_runs', 'devices_in_words', 'data_in_words', 'span', 'older_code', 'lost_runs', 'invented_run',
-           'invented_runs']
+           'describe_runs', 'devices_in_words', 'run_sizes', 'data_in_words', 'span', 'older_code', 'lost_runs',
+           'invented_run', 'invented_runs']
 
 # %% ../../nbs/11_report/04_runs.ipynb #9d585575
 from pathlib import Path
@@ -201,6 +201,20 @@ def describe_runs(
 def devices_in_words(records: list[dict]) -> str:
     "Where some runs were made: 'cpu: AMD EPYC'."
     return " and ".join(sorted({record.get("device", "no device") for record in records}))
+
+
+def run_sizes(records: list[dict]) -> list[dict]:
+    "How large the runs of each benchmark and scale are, a row each."
+    rows = {}
+    for record in records:
+        config = record["config"]
+        size = config["scale"]
+        row = {"benchmark": config["benchmark"], "scale": size["name"]}
+        row |= {"training samples": size["train_size"] or "all"}
+        numbers = ("epochs", "batch_size", "learning_rate", "width")
+        row |= {name.replace("_", " "): size[name] for name in numbers}
+        rows[config["benchmark"], size["name"]] = row
+    return [rows[key] for key in sorted(rows)]
 
 
 def data_in_words(records: list[dict]) -> str:

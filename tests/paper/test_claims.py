@@ -45,6 +45,7 @@ from dbmtl.report.claims_page import (
 )
 from dbmtl.report.comparison import RULES, estimate, minus
 from dbmtl.report.ledger import (
+    BY_QUESTIONS,
     PLACES,
     TITLES,
     Place,
@@ -695,3 +696,12 @@ def test_claims_table_is_the_rows(rows, places):
     assert [line["id"] for line in table] == [row.claim for row in rows]
     assert [line["verdict"] for line in table] == [row.verdict for row in rows]
     assert sum(line["rows"] for line in tally(rows)) == len(rows)
+
+
+def test_cards_of_the_ledger_call_no_measured_place_not_run():
+    card = json.loads((ROOT / "figures/paper/cards/claims_1.json").read_text(encoding="utf-8"))
+    sizes = {name: run for name, run in card["runs"].items() if ", " in name}
+    assert [name for name, run in sizes.items() if run is None] == []
+    own = {name: run for name, run in sizes.items() if name.endswith("own rates")}
+    assert own["office31, cpu, own rates"]["seeds"] >= 10
+    assert not set(BY_QUESTIONS) & {name.split(", ")[0] for name in own} & set(card["runs"])

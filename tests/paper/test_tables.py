@@ -70,10 +70,14 @@ def rows(stem):
 
 
 def scale_of(stem):
-    """Benchmark and scale as the caption has them; (None, None) where nothing was run."""
+    """The benchmark of the card and the scale of the caption; none where nothing was run."""
     text = (FIGURES / f"{stem}.md").read_text(encoding="utf-8")
-    told = re.search(r"Ours: (\S+) at (\S+) scale", text)
-    return told.groups() if told else (None, None)
+    told = re.search(r"Ours: [^;]+; (\S+) scale, ", text)
+    if not told:
+        return (None, None)
+    card = json.loads((FIGURES / "cards" / f"{stem}.json").read_text(encoding="utf-8"))
+    (benchmark,) = card["runs"]
+    return (benchmark, told[1])
 
 
 @functools.cache
