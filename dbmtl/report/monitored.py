@@ -26,9 +26,10 @@ from matplotlib.lines import Line2D
 from scipy.stats import spearmanr
 
 from ..experiments.method_labels import label_of
-from .artifacts import show_rows
+from .artifacts import show_figure, show_rows
 from .comparison import Verdict, estimate, judged
 from dbmtl.report.plots import (
+    DOTS_IN_WORDS,
     SERIES,
     curve_frame,
     dots,
@@ -707,14 +708,10 @@ def show_norms(
 ) -> None:
     "Figure 8, stored and shown."
     caption = (
-        "Gradient norms of the tasks. Top: norm of the raw gradient of each task with respect to "
-        "the shared parameters, at every look, of the benchmarks with few tasks; lines are means "
-        "over seeds, bands their range, each panel has a logarithmic axis of its own. Bottom: "
-        "ratio of the mean norms over the second half of training, DB-MTL to EW, the same of norm "
-        "over loss, for every task and as a geometric mean (black); and the rank correlation, "
-        "between the tasks of one look, of norm and the decrease of log loss still to come. Dots "
-        "are means, small dots seeds, lines Student's 95 % interval, paired by seed. The paper "
-        "prints no numbers."
+        "Figure 8: norms of the raw gradients of the shared parameters. Top: mean over seeds and "
+        "their range (band), where tasks are few. Bottom: DB-MTL over EW late in training (black: "
+        "geometric mean), and rank correlation, between tasks, of norm and log loss still to fall; "
+        f"{DOTS_IN_WORDS}, paired by seed."
     )
     ratios = ratio_frame(pages, titles, NORM_MEASURES)
     rows = pd.concat([ratios, curves_frame(pages, titles, "norms")])
@@ -722,13 +719,12 @@ def show_norms(
 
 
 def _show_picture(pages, titles, stem, draw, caption, rows):
-    "A figure, stored and shown without its caption; a line of text where nothing was run."
+    "A figure, stored and shown with its caption; a line of text where nothing was run."
     if not any(page.records for page in pages.values()):
         display(Markdown("No picture: nothing was run."))
         return
     caption = f"{caption} {about_all(pages, titles)}"
-    artifacts_of(pages).figure(stem, draw(pages, titles), caption, rows)
-    plt.show()
+    show_figure(artifacts_of(pages), stem, draw(pages, titles), caption, rows)
 
 
 def show_norm_ratios(
@@ -805,13 +801,10 @@ def show_losses(
 ) -> None:
     "Figure 9, stored and shown."
     caption = (
-        "Training losses of the tasks. Top: training loss of each task, averaged over each epoch, "
-        "of the benchmarks with few tasks; lines are means over seeds, bands their range, each "
-        "panel has a logarithmic axis of its own. Bottom: ratio DB-MTL to EW of roughness, of "
-        "roughness per descent and of the last epoch's loss, for every task and as a geometric "
-        "mean (black). Dots are means, small dots seeds, lines Student's 95 % interval, paired by "
-        "seed. Below one: smoother under DB-MTL. The paper's Figure 9 is about NYUv2 and prints no "
-        "numbers."
+        "Figure 9: training losses of the tasks. Top: mean over seeds and their range (band), where "
+        "tasks are few. Bottom: DB-MTL over EW of roughness, roughness per descent and last loss "
+        f"(black: geometric mean), below one if smaller under DB-MTL; {DOTS_IN_WORDS}, paired by "
+        "seed."
     )
     ratios = ratio_frame(pages, titles, LOSS_MEASURES)
     rows = pd.concat([ratios, curves_frame(pages, titles, "train")])
@@ -878,12 +871,10 @@ def show_cosines(
 ) -> None:
     "Figure 10, stored and shown."
     caption = (
-        "Cosine of the raw gradients of two tasks with respect to the shared parameters, one batch "
-        "a look, each pair averaged over seeds. Lines: median over the pairs of tasks; bands: the "
-        "middle half of the pairs. Diamonds with a bar: where the curves of the paper's Figure 10 "
-        "end on Office-31, read off. Last panel: mean over the last fifth of the looks and over "
-        "the pairs, and the rise over the whole training; dots are means, small dots seeds, lines "
-        "Student's 95 % interval, paired by seed in differences."
+        "Figure 10: cosines of the tasks' raw gradients, mean over seeds; lines are medians over "
+        "the pairs of tasks, bands their middle half, diamonds with a bar where the paper's curves "
+        "end, read off. Last panel: mean of the last fifth of the looks, and rise over the "
+        f"training; {DOTS_IN_WORDS}, paired by seed."
     )
     rows = pd.concat([cosine_frame(page).assign(benchmark=name) for name, page in pages.items()])
     _show_picture(pages, titles, "figure10", cosines_figure, caption, rows)

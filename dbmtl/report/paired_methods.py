@@ -34,6 +34,7 @@ from .artifacts import show_figure, show_rows
 from .comparison import RULES, Comparison, estimate, holm, minus
 from .paper import paper_averages, paper_figure, printed_interval
 from dbmtl.report.plots import (
+    DOTS_IN_WORDS,
     SERIES,
     as_interval,
     curve_frame,
@@ -475,9 +476,9 @@ def show_pair(
     names = f"{printed_name(first)} minus {printed_name(second)}"
     about = about_all(pages, titles)
     caption = (
-        f"{title} {names}, percentage points of delta_p, paired by seed: mean, seeds, Student's "
-        "95 % interval. The interval of the paper's difference follows from its printed "
-        f"deviations over three runs, taken as unpaired. {about}"
+        f"{title} {names[0].upper()}{names[1:]}, points of $\\Delta_p$ by both rules of the epoch, "
+        f"paired by seed; {DOTS_IN_WORDS} (the paper's from its printed deviations over three "
+        f"runs, taken as unpaired). {about}"
     )
     label = f"{names}, points of $\\Delta_p$"
     fig = difference_figure(pages, titles, weights, printed, label, apart)
@@ -847,6 +848,11 @@ class Study(NamedTuple):
         "Every method of a pair, then the reference."
         return [label for pair in self.pairs.values() for label in pair] + [self.reference]
 
+    @property
+    def about(self) -> str:
+        "What was run, for a caption."
+        return about_all(self.pages, self.titles)
+
     def figure(self):  # matplotlib figure
         "The picture of pairs."
         return pairs_figure(self.pages, self.titles, self.pairs, self.printed, self.reference)
@@ -854,27 +860,24 @@ class Study(NamedTuple):
     def show(self, stem: str, title: str) -> None:
         "The picture of pairs; what the pairs are is said by `title`."
         caption = (
-            f"{title} Left: improvement over STL, from the first (open) to the second (filled) "
-            f"method of a pair; the dotted line is {self.reference}. Right: second minus first, "
-            "paired by seed: mean, seeds, Student's 95 % interval. The grey band is the noise "
-            "floor, the largest difference between Nash-MTL with and without the logarithm, which "
-            f"are one method in exact arithmetic. The paper's values are about "
-            f"{self.titles[self.own]}. {about_all(self.pages, self.titles)}"
+            f"{title} Left: gain over STL by both rules of the epoch, from the first (open) to the "
+            f"second (filled) method of a pair; dotted: {self.reference}. Right: second minus "
+            f"first, paired by seed; {DOTS_IN_WORDS}, grey the noise floor (Nash-MTL, which the "
+            f"logarithm cannot change); the paper's are about {self.titles[self.own]}. {self.about}"
         )
         rows = level_rows(self.pages, self.labels, {self.own: self.printed})
         show_figure(artifacts_of(self.pages), stem, self.figure(), caption, rows)
 
     def show_changes(self, stem: str, title: str) -> None:
         "The differences task by task."
-        about = about_all(self.pages, self.titles)
         rows = change_rows(self.pages, self.pairs)
         if not rows:
-            display(Markdown(f"No picture: {about}"))
+            display(Markdown(f"No picture: {self.about}"))
             return
         caption = (
             f"{title} Second minus first, of each task's improvement over STL, in percentage "
             "points, mean over the seeds that both have; purple: the second is better, orange: "
-            f"worse, empty: not run, or a task at its floor. {about}"
+            f"worse, empty: not run, or a task at its floor. {self.about}"
         )
         fig = changes_figure(self.pages, self.titles, self.pairs)
         show_figure(artifacts_of(self.pages), stem, fig, caption, rows)
@@ -892,7 +895,7 @@ class Study(NamedTuple):
             f"{title} Differences of delta_p in percentage points, paired by seed, ± the half "
             "width of Student's 95 % interval. Holm's correction is over the rows of a benchmark; "
             'a row is "told apart" if it has one sign by both rules of the epoch and a corrected '
-            f"p below 5 %. {about_all(self.pages, self.titles)}"
+            f"p below 5 %. {self.about}"
         )
         show_rows(artifacts_of(self.pages), stem, table, caption)
         for title in dict.fromkeys(row["benchmark"] for row in table):

@@ -71,7 +71,7 @@ def run_states(
     return sorted({run["state"] for run in runs})
 
 # %% ../../nbs/11_report/08_results_page.ipynb #937dcdeb
-NOT_IN_THE_PAPER = "The paper has no such runs"
+NOT_IN_THE_PAPER = "The paper prints no such numbers"
 SIZES_DIFFER = "Order and signs can be compared with the paper, sizes cannot"
 
 

@@ -27,7 +27,7 @@ from .artifacts import Artifacts, show_figure, show_rows
 from .comparison import RULES, Verdict
 from .paired_methods import SmallNetwork, counted, verdict_rows
 from .paper import paper_figure
-from .plots import SERIES, curve_frame, dots, dots_legend
+from .plots import DOTS_IN_WORDS, SERIES, curve_frame, dots, dots_legend
 from .results_page import Page
 from .style import PAGE
 from .tables import number
@@ -309,10 +309,9 @@ def show_sweeps(
 ) -> None:
     "Figure and table of sweeps, stored and shown."
     caption = (
-        f"{title} Left: delta_p in percent over STL, the dotted line is {reference}. Right: minus "
-        f"{reference}, paired by seed. Dots are means, small dots seeds, lines Student's 95 % "
-        "interval, an arrow where it leaves the picture; the paper's are medians, read off its "
-        f"picture. {about}"
+        f"{title} Left: $\\Delta_p$ in percent by both rules of the epoch (dotted: {reference}); "
+        f"right: minus {reference}, paired by seed; {DOTS_IN_WORDS}, with an arrow where it leaves "
+        f"the picture; the paper's are medians, read off. {about}"
     )
     rows = pd.concat([sweep.csv_rows() for sweep in sweeps])
     fig = sweep_figure(sweeps, setting, f"minus {reference}")

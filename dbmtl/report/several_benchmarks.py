@@ -15,6 +15,7 @@ from .artifacts import Artifacts
 from .comparison import RULES
 from .plots import dots, dots_legend
 from dbmtl.report.results_page import (
+    NOT_IN_THE_PAPER,
     SIZES_DIFFER,
     ask,
     open_page,
@@ -105,12 +106,13 @@ def about_all(
     if missing:
         sentences.append(f"Not run: {', '.join(missing)}")
     printed = {title: page for title, page in shown.items() if page.printed}
-    own = [title for title in shown if title not in printed]
+    not_printed = [title for title in shown if title not in printed]
     limits = _with_titles({title: page.limits for title, page in printed.items()})
     if limits:
         sentences.append(f"{SIZES_DIFFER}: {', '.join(limits)}")
-    if own:
-        sentences.append(f"The paper has no runs on {', '.join(own)}")
+    if not_printed:
+        of_titles = f" for {', '.join(not_printed)}" if printed else ""
+        sentences.append(f"{NOT_IN_THE_PAPER}{of_titles}")
     sentences += _with_titles({title: page.remarks for title, page in shown.items()})
     return " ".join(f"{sentence}." for sentence in sentences)
 
@@ -119,7 +121,7 @@ def _runs_of_all(shown) -> str:
     devices = {devices_in_words(page.records) for page in shown.values()}
     many = len(devices) > 1
     runs = [f"{title}, {describe_runs(page.records, many)}" for title, page in shown.items()]
-    return f"Ours{'' if many else f' on {devices.pop()}'}: {'; '.join(runs)}"
+    return f"Ours: {'; '.join(runs)}" + ("" if many else f"; on {devices.pop()}")
 
 
 def _with_titles(texts: dict) -> list[str]:  # from {title: list of texts}

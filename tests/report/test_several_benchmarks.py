@@ -62,7 +62,7 @@ def test_several_unfinished_runs_decide_the_folder(pages, tmp_path, monkeypatch)
 
 def test_several_captions_name_every_benchmark(pages):
     about = about_all(pages, TITLES)
-    assert about.startswith("Ours on ") and ": Office-31, cpu scale, " in about
+    assert about.startswith("Ours: Office-31, cpu scale, ") and "; on " in about
     assert "Not run: NYUv2." in about
     assert "sizes cannot: early training (Office-31)." in about
 
@@ -76,7 +76,7 @@ def test_several_captions_say_what_is_common_once(pages):
     about = about_all(pages, TITLES | {"qm9": "QM9"})
     assert about.startswith("Ours: Office-31, cpu scale, ") and about.count("steps on ") == 2
     assert "frozen (Office-31), width 8 instead of 64 (Office-31)." in about
-    assert "The paper has no runs on QM9. three batches a step (Office-31)." in about
+    assert "The paper prints no such numbers for QM9. three batches a step (Office-31)." in about
 
 
 def test_several_one_difference_in_numbers(pages):
