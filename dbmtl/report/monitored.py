@@ -801,8 +801,8 @@ def show_losses(
 ) -> None:
     "Figure 9, stored and shown."
     caption = (
-        "Figure 9: training losses of the tasks. Top: mean over seeds and their range (band), where "
-        "tasks are few. Bottom: DB-MTL over EW of roughness, roughness per descent and last loss "
+        "Figure 9: training losses of the tasks. Top: mean over seeds and their range (band), "
+        "where tasks are few. Bottom: DB-MTL over EW of roughness, roughness per descent and last loss "
         f"(black: geometric mean), below one if smaller under DB-MTL; {DOTS_IN_WORDS}, paired by "
         "seed."
     )
