@@ -17,7 +17,6 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -302,7 +301,7 @@ def build_store(
             _finish(part, cache / name, _manifest(part, plan, request, digest, hashes))
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        return open_store(name)
+    return open_store(name)
 
 
 def _say_waiting():
@@ -468,17 +467,10 @@ def _resize_exactly(image, width, height, resize):
     return image
 
 # %% ../../nbs/07_data/03_image_store.ipynb #fa2dbba9
-_one_header_at_a_time = threading.Lock()
-
-
 def read_array(path: Path) -> np.ndarray:
     "The array of a .npy file; ValueError or OSError with the file's name, also where not finite."
     try:
-        # Python 3.11.7 sometimes fails to parse in two threads (CPython issue 106905), and a header
-        # of NumPy is parsed; mapping a file reads no more than that
-        with _one_header_at_a_time:
-            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-        array = np.array(mapped)
+        array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise
     except Exception as error:

@@ -8,8 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -32,7 +30,6 @@ from dbmtl.data.image_store import (
     encode_normal,
     nearest,
     open_store,
-    read_array,
     read_image,
 )
 
@@ -238,31 +235,6 @@ def test_image_store_normals_keep_their_direction():
     assert cosine.flatten()[1:].min() > np.cos(np.radians(0.4))
     with pytest.raises(ValueError, match="not finite"):
         encode_normal(np.full((3, 1, 1), np.nan))
-
-
-def test_image_store_two_threads_never_parse_headers_at_once(tmp_path, monkeypatch):
-    """Parsing in two threads fails now and then in Python 3.11.7 (CPython issue 106905)."""
-    for n in range(4):
-        np.save(tmp_path / f"{n}.npy", np.full((2, 3), n))
-    load = np.load
-    inside = []
-    most_inside = []
-
-    def slow_load(*arguments, **options):
-        inside.append(1)
-        most_inside.append(len(inside))
-        time.sleep(0.01)  # another thread could come in meanwhile
-        array = load(*arguments, **options)
-        inside.pop()
-        return array
-
-    monkeypatch.setattr(np, "load", slow_load)
-    with ThreadPoolExecutor(4) as pool:
-        arrays = list(pool.map(read_array, [tmp_path / f"{n}.npy" for n in range(4)]))
-    assert most_inside == [1] * 4
-    assert [array.tolist() for array in arrays] == [[[n] * 3] * 2 for n in range(4)]
-    arrays[0][:] = 7  # a copy: the file stays as it is
-    assert load(tmp_path / "0.npy").tolist() == [[0] * 3] * 2
 
 
 # ----------------------------------------------------------------------------------------- building
@@ -569,8 +541,6 @@ def flip(file, position):
 
 OPEN = """
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dbmtl.data.image_store import open_store
 try:
     print(sorted(open_store("set").arrays))
