@@ -154,16 +154,28 @@ class Comparison:
     @functools.cached_property
     def untrained(self) -> dict:  # {(label, protocol): [tasks]}; none where all were trained
         "The tasks of each method that are not clearly better than a constant prediction."
-        test = self._test
-        sign = test["better"].map({"up": 1, "down": -1})
-        floor = test["floor"].abs().where(test["floor"] != 0, 1e-12)
-        test = test.assign(above=sign * (test["value"] - test["floor"]) / floor)
-        by_run = test.groupby(["label", "protocol", "task", "seed"], sort=False)["above"].mean()
-        worst = by_run.groupby(["label", "protocol", "task"], sort=False).min()
+        worst = self._above_floor.groupby(["label", "protocol", "task"], sort=False).min()
         poor = {}
         for label, protocol, task in worst[worst <= CLEARLY_ABOVE_FLOOR].index:
             poor.setdefault((label, protocol), []).append(task)
         return poor
+
+    @functools.cached_property
+    def _above_floor(self) -> pd.Series:  # a row a label, protocol, task and seed
+        "Relative gain of each run over a constant prediction, the mean over a task's metrics."
+        test = self._test
+        sign = test["better"].map({"up": 1, "down": -1})
+        floor = test["floor"].abs().where(test["floor"] != 0, 1e-12)
+        test = test.assign(above=sign * (test["value"] - test["floor"]) / floor)
+        return test.groupby(["label", "protocol", "task", "seed"], sort=False)["above"].mean()
+
+    def above_floor(self, protocol: str | None = None) -> pd.DataFrame:  # a row a task
+        "Percent better than a constant prediction, mean over metrics and seeds; a column a method."
+        above = self._above_floor
+        above = above[above.index.get_level_values("protocol") == (protocol or self.protocol)]
+        table = 100 * above.groupby(["task", "label"], sort=False).mean().unstack("label")
+        columns = [label for label in self.labels if label in table.columns]
+        return table.reindex(index=self.tasks, columns=columns)
 
     @functools.cached_property
     def _paired(self) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """Prepared image sets: resizing, reading, building, what is refused, what interruptions leave."""
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -8,6 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,7 +24,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from torch.testing import assert_close
 
-from dbmtl.core.files import cache_folder
+from dbmtl.core.files import cache_folder, file_lock
 from dbmtl.data import image_store
 from dbmtl.data.image_store import (
     Item,
@@ -30,6 +34,7 @@ from dbmtl.data.image_store import (
     encode_normal,
     nearest,
     open_store,
+    read_array,
     read_image,
 )
 
@@ -199,6 +204,36 @@ def test_image_store_without_pillow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r"pip install dbmtl\[images\]"):
         read_image(tmp_path / "a.png")
+
+
+@pytest.fixture
+def switch_in_collections():
+    """Threads take turns within every collection of garbage: where Python 3.11 can leave a parser.
+    Hypothesis, for one, runs Python code there."""
+    threshold = gc.get_threshold()
+
+    def let_others_run(phase, info):
+        time.sleep(0)
+
+    gc.set_threshold(3)
+    gc.callbacks.append(let_others_run)
+    yield
+    gc.callbacks.remove(let_others_run)
+    gc.set_threshold(*threshold)
+
+
+def test_image_store_reads_arrays_in_several_threads(tmp_path, switch_in_collections):
+    """A SystemError of the parser of headers, seldom, looked like a file that cannot be used."""
+    path = tmp_path / "a.npy"
+    np.save(path, np.ones((2, 3)))
+    both = threading.Barrier(2, timeout=60)
+
+    def read_often(_):
+        both.wait()
+        return {read_array(path).shape for _ in range(200)}
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(read_often, range(2))) == [{(2, 3)}, {(2, 3)}]
 
 
 @pytest.mark.full
@@ -716,6 +751,41 @@ def test_image_store_two_processes_build_once(start, items, tmp_path):
     assert (tmp_path / "log.out").read_text().split() == 2 * [open_store("set").hash]
     assert sorted((tmp_path / "log").read_text().split()) == [item.key for item in items]
     assert "waiting" in said
+
+
+@pytest.mark.parametrize("moment", ["before it is hashed", "after it was hashed"])
+def test_image_store_replaced_while_it_is_opened(items, monkeypatch, moment):
+    """As by another process: arrays of one store never come with the manifest of another."""
+    build_store("set", items, Reader(), FIELDS)
+    owner, name = (image_store, "is_intact") if "before" in moment else (np, "load")
+    function, calls = getattr(owner, name), []
+
+    def replace_first(*args, **options):
+        calls.append(args)
+        if len(calls) == 1:
+            build_store("set", items[::-1], Reader(), FIELDS)
+        return function(*args, **options)
+
+    monkeypatch.setattr(owner, name, replace_first)
+    store = open_store("set")
+    assert store.keys == tuple(item.key for item in items[::-1])
+    assert_close(store.arrays["number"], torch.arange(5).flip(0))
+    assert store.hash == build_store("set", items[::-1], Reader(), FIELDS).hash
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file locks")
+def test_image_store_returns_what_it_built(items, cache, monkeypatch):
+    """It is opened before another process may build a store of that name from other files."""
+    opened = []
+
+    def open_locked(name):
+        with pytest.raises(BlockingIOError), file_lock(cache / f".{name}.lock"):
+            pass
+        opened.append(name)
+        return open_store(name)
+
+    monkeypatch.setattr(image_store, "open_store", open_locked)
+    assert len(build_store("set", items, Reader(), FIELDS)) == 5 and opened == ["set"]
 
 
 def test_image_store_builds_where_locks_do_not_work(items, cache, monkeypatch):

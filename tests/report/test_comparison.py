@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from dbmtl.experiments.epoch_selection import LAST_TEN
 from dbmtl.experiments.intervals import Interval, interval
 from dbmtl.experiments.metrics import delta_m, delta_p, delta_p_per_task, mean_rank
 from dbmtl.experiments.paired_tests import p_value
@@ -104,6 +105,32 @@ def test_seeds_that_the_baseline_lacks_are_left_out():
     alone = Comparison([STL[0], EW[1]])
     assert alone.delta_p("EW") == "no seed in common with STL"
     assert alone.difference("EW", "STL") == "EW no seed in common with STL"
+
+
+def test_gains_over_the_floor_by_hand():
+    """Floors are an error of 9 and an accuracy of 1; both gains are positive where it is better."""
+    comparison = Comparison([*STL, *runs("MGDA", [(9.0, 0.5), (18.0, 2.0)])])
+    above = comparison.above_floor()
+    assert above["STL"].to_dict() == pytest.approx(
+        {"a": 100 * np.mean([8 / 9, 7 / 9, 8 / 9]), "b": 100 * np.mean([49, 39, 49])}
+    )
+    assert above["MGDA"].to_dict() == pytest.approx({"a": -50.0, "b": 25.0})
+    failed = record("CAGrad", 0, None, None, state="diverged")
+    with_failed = Comparison([*STL, failed, *EW]).above_floor("last ten")
+    assert list(with_failed.columns) == ["STL", "EW"] and list(with_failed.index) == ["a", "b"]
+    assert Comparison([]).above_floor().empty
+
+
+def test_gains_over_the_floor_have_the_sign_of_each_metric():
+    """A mean of ratios of an error and of an accuracy would say nothing."""
+    measured = {"angle": 30.0, "share": 25.0}
+    both = record("EW", 0, None, (0.0, 0.0)) | {
+        "directions": {"a": {"angle": "down", "share": "up"}},
+        "floors": {"test": {"a": {"angle": 40.0, "share": 20.0}}},
+        "selected": {LAST_TEN: {"epochs": 3, "test": {"a": measured}}},
+    }
+    above = Comparison([both]).above_floor("last ten")
+    assert above["EW"].to_dict() == pytest.approx({"a": 25.0})  # both are a quarter better
 
 
 def test_why_there_is_no_number():
