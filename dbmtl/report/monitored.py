@@ -802,9 +802,9 @@ def show_losses(
     "Figure 9, stored and shown."
     caption = (
         "Figure 9: training losses of the tasks. Top: mean over seeds and their range (band), "
-        "where tasks are few. Bottom: DB-MTL over EW of roughness, roughness per descent and last loss "
-        f"(black: geometric mean), below one if smaller under DB-MTL; {DOTS_IN_WORDS}, paired by "
-        "seed."
+        "where tasks are few. Bottom: DB-MTL over EW of roughness, roughness per descent and last "
+        f"loss (black: geometric mean), below one if smaller under DB-MTL; {DOTS_IN_WORDS}, paired "
+        "by seed."
     )
     ratios = ratio_frame(pages, titles, LOSS_MEASURES)
     rows = pd.concat([ratios, curves_frame(pages, titles, "train")])
