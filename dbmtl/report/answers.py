@@ -219,7 +219,7 @@ def answers_figure(
     }
     if printed:
         intervals["paper"] = [printed.get(pair) for pair in pairs]
-    fig, ax = plt.subplots(figsize=(7, 0.9 + 0.2 * (len(intervals) + 0.1) * len(pairs)))
+    fig, ax = plt.subplots(figsize=(7, 0.9 + 0.16 * (len(intervals) + 0.1) * len(pairs)))
     ax.axvspan(-effect, effect, color="0.9", zorder=0, label="smaller than what matters")
     ax.axvline(0, color="0.4", linewidth=0.8)
     spread = 0.13 * (len(intervals) - 1)
