@@ -311,7 +311,7 @@ class Balancer:
         num_tasks: int,  # T
         ema: EMA | None = None,  # moving average of the task gradients
         grads: str = "loop",  # order of the passes: "loop", "split", "batched"; the same numbers
-        check: str = "now",  # check losses "now" (a host read per step), "later" (`verify`) or "off"
+        check: str = "now",  # check losses "now" (a read per step), "later" (`verify`) or "off"
         model: nn.Module | None = None,  # only to name parameters in warnings
         level: str = "parameters",  # balance gradients of the "parameters", or of "features"
         missing: str = "raise",  # a task without a loss is an error, or "skip" it in this step
