@@ -270,7 +270,7 @@ class Balancer:
         ema: moving average of the task gradients, `EMA(beta, beta_decay)`; none by default.
         grads: order of the backward passes, with the same numbers: "loop" (default), a whole pass
             for each task; "split", the heads first; "batched", the trunk in one pass.
-        check: losses are checked "now" (default; one host read a step), "later" (by a flag on
+        check: losses are checked "now" (default; one host read per step), "later" (by a flag on
             their device that `verify` reads) or "off".
         model: the whole network, only to name parameters in warnings and in `describe()`.
         missing: "raise", or "skip": a task whose loss is absent from a dictionary is left out.
@@ -311,7 +311,7 @@ class Balancer:
         num_tasks: int,  # T
         ema: EMA | None = None,  # moving average of the task gradients
         grads: str = "loop",  # order of the passes: "loop", "split", "batched"; the same numbers
-        check: str = "now",  # check losses "now" (a host read a step), "later" (`verify`) or "off"
+        check: str = "now",  # check losses "now" (a read per step), "later" (`verify`) or "off"
         model: nn.Module | None = None,  # only to name parameters in warnings
         level: str = "parameters",  # balance gradients of the "parameters", or of "features"
         missing: str = "raise",  # a task without a loss is an error, or "skip" it in this step
@@ -350,7 +350,7 @@ class Balancer:
         self.norms: Tensor | None = None  # [T], of the last step; None where none were taken
         self.cosines: Tensor | None = None  # [T, T], of the last step, `with_cosines`
         self._present: list[int] | None = None  # tasks of the last step; None: all
-        self.with_cosines = False  # may be set at any time: a Gramian more a step, for `log`
+        self.with_cosines = False  # may be set at any time: one more Gramian per step, for `log`
         self.nonfinite = torch.zeros(num_tasks, dtype=torch.long)  # steps without finite gradient
         self._names: tuple | None = None  # T task names, from the first step
         self._micro_batches: MicroBatches | None = None

@@ -56,7 +56,7 @@ def signal_ratio(
 def gradient_shares(
     weights: Sequence[float],  # T numbers from zero, not all zero
 ) -> list[float]:  # T, with mean one
-    "What each task's gradient is long, in common lengths."
+    "How long each task's gradient becomes, in common lengths."
     mean = sum(weights) / len(weights)
     return [weight / mean for weight in weights]
 

@@ -110,7 +110,7 @@ def _number_leaves(
 
 # %% ../../nbs/03_gradient_balancing/10_mtadam.ipynb #944db877
 class MTAdam(GradientAggregator):
-    "One Adam a task, on gradients of equal norm in each tensor (Malkiel and Wolf, EMNLP 2021)."
+    "One Adam per task, on gradients of equal norm in each tensor (Malkiel and Wolf, EMNLP 2021)."
 
     moves_alone = True
     can_skip_tasks = True
