@@ -301,20 +301,17 @@ The two stages between a step and its floor:
 
 
 def in_words(result):
-    """The least and the largest ratio over the networks, for README."""
+    """The least and the largest ratio to equal weighting over the networks, for README."""
     ratios = {}
     for place, m in result["measured"].items():
         tasks = int(place.rpartition("= ")[2])
         ms = m["median ms"]
-        ratios.setdefault(tasks, []).append((ms["DB-MTL"] / ms["floor"], ms["DB-MTL"] / ms["EW"]))
-    to_floor = [ratio for of_tasks in ratios.values() for ratio, _ in of_tasks]
-    to_equal = [
-        f"{min(of_equal):.1f} to {max(of_equal):.1f} at T = {tasks}"
+        ratios.setdefault(tasks, []).append(ms["DB-MTL"] / ms["EW"])
+    spans = [
+        f"{min(of_tasks):.1f} to {max(of_tasks):.1f} at T = {tasks}"
         for tasks, of_tasks in ratios.items()
-        for of_equal in [[ratio for _, ratio in of_tasks]]
     ]
-    times = f"{min(to_floor):.2f} to {max(to_floor):.2f} times these passes"
-    return f"{times}; in units of equal weighting's pass {', '.join(to_equal)}"
+    return f"in units of equal weighting's backward pass {', '.join(spans)}"
 
 
 def main():

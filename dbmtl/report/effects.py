@@ -221,7 +221,7 @@ def in_three_sentences(measured: Effects) -> list[str]:
         f"{spans.min():.1f} to {spans.max():.1f} points a method, and at one rate for both the "
         "sign of DB-MTL minus equal weighting depends on it: "
         f"{_listed(measured, fixed, 'DB-MTL - EW')}.",
-        "**What balancing adds depends on the tasks.** The same difference at own rates: "
+        "**What balancing adds depends on the tasks.** The same difference, each at its own rate: "
         f"{_listed(measured, own, 'DB-MTL - EW')}.",
         "**So does whether training together pays.** Equal weighting minus single-task networks: "
         f"{_listed(measured, own, 'EW - STL')}.",
@@ -229,14 +229,14 @@ def in_three_sentences(measured: Effects) -> list[str]:
 
 
 def _both_rules_in_words(means: dict) -> str:  # {rule: Interval}
-    "By the rule that answers; the best epoch beside it where its sign is another: open, if none."
+    "By the rule that answers; the best epoch beside it where its sign is another, or undecided."
     best = means.get(RULES["best"])
     mean = means.get(RULES[ANSWERING])
     if mean is None:  # a task is at its floor by this rule
-        return f"best epoch {best.in_words} (last ten: none)"
+        return f"best {best.in_words} (last ten: a task untrained)"
     if best is None or best.sign == mean.sign:
         return mean.in_words
-    return f"{mean.in_words} (best epoch {best.in_words if best.sign else 'open'})"
+    return f"{mean.in_words} (best {best.in_words if best.sign else 'undecided'})"
 
 
 def _listed(measured: Effects, rows, difference: str) -> str:

@@ -37,8 +37,7 @@ def test_the_words_for_readme_span_all_networks(script):
         "wide MLP, T = 11": measured(100.0, 110.0, 10.0),
     }
     assert script.in_words({"measured": places}) == (
-        "1.04 to 1.20 times these passes; "
-        "in units of equal weighting's pass 3.0 to 4.0 at T = 3, 11.0 to 11.0 at T = 11"
+        "in units of equal weighting's backward pass 3.0 to 4.0 at T = 3, 11.0 to 11.0 at T = 11"
     )
 
 
