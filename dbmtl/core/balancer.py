@@ -126,12 +126,14 @@ def _check_composition(aggregator: Aggregator, ema: EMA | None, level: str):
         )
 
 
-def _check_update_every(aggregator: Aggregator, update_every: int, level: str) -> int:
+def _check_update_every(
+    transform: Transform, aggregator: Aggregator, update_every: int, level: str
+) -> int:
     "The number of steps that share their weights; ValueError where a method cannot keep them."
     check_whole("update_every", update_every)
     if update_every == 1:
         return update_every
-    name = type(aggregator).__name__
+    name = f"{type(transform).__name__} with {type(aggregator).__name__}"
     reason = why_not_kept(aggregator, level)
     own = getattr(aggregator, "update_every", 1)
     if own > 1:
@@ -327,7 +329,7 @@ class Balancer:
         self.level = check_choice("level", level, ("parameters", "features"))
         self.missing = check_choice("missing", missing, ("raise", "skip"))
         _check_composition(aggregator, ema, level)
-        self.update_every = _check_update_every(aggregator, update_every, level)
+        self.update_every = _check_update_every(transform, aggregator, update_every, level)
         self.in_place = check_choice("in_place", in_place, (False, True))
         if in_place and ema is None:
             raise ValueError("in_place=True is about averages, and this method has none")

@@ -518,6 +518,11 @@ def test_a_method_without_weights_says_so(name):
         make_balancer(name, shared=Net().trunk, num_tasks=3, update_every=5)
 
 
+def test_the_refusal_names_the_part_that_the_user_asked_for():
+    with pytest.raises(ValueError, match="no meaning for FAMO with Sum: its weights follow"):
+        make_balancer("FAMO", shared=Net().trunk, num_tasks=3, update_every=5)
+
+
 def test_settings_that_cannot_be():
     shared = Net().trunk
     with pytest.raises(ValueError, match="GradVac.*direction"):
