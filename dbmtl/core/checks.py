@@ -63,7 +63,7 @@ def nearest_name(
 ) -> str | None:
     "The known name that is most like the given one; None if none is like it."
     by_lower_case = {str(other).lower(): str(other) for other in reversed(list(known))}
-    close = difflib.get_close_matches(str(name).lower(), by_lower_case, n=1, cutoff=0.55)
+    close = difflib.get_close_matches(str(name).lower(), by_lower_case, n=1, cutoff=0.4)
     return by_lower_case[close[0]] if close else None
 
 # %% ../../nbs/01_core/01_checks.ipynb #ed13f110
