@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import nbformat
-import pandas
 import papermill
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
@@ -267,6 +266,8 @@ def print_table(results):
 
 def print_pictures(results):
     """For each picture its numbers and its caption, where there are such files, and its path."""
+    import pandas  # for --quick alone: the other calls need not wait for it
+
     for result in results:
         for path in result.pictures:
             numbers = path.with_suffix(".csv")

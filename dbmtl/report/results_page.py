@@ -112,16 +112,20 @@ class Page:
         "Why sizes cannot be compared with the paper's: its scale, and what all runs note."
         if not self.records:
             return []
-        shared = set.intersection(*(set(record.get("notes", ())) for record in self.records))
-        limits = sorted(note.split(":")[0] for note in shared)
+        limits = sorted(note.split(":")[0] for note in set.intersection(*self._notes))
         return limits if self.scale == "paper" else ["early training", *limits]
 
     @property
     def remarks(self) -> list[str]:
         "What the reader must know about some of the runs alone."
-        notes = [set(record.get("notes", ())) for record in self.records]
-        own = sorted(set().union(*notes) - set.intersection(*notes)) if notes else []
+        if not self.records:
+            return []
+        own = sorted(set.union(*self._notes) - set.intersection(*self._notes))
         return lost_runs(self.records) + (own if len(own) < 4 else [])
+
+    @property
+    def _notes(self) -> list[set]:
+        return [set(record.get("notes", ())) for record in self.records]
 
     @property
     def tasks(self) -> list:
